@@ -1,0 +1,63 @@
+# Every verb sets up its own environment, so that on a fresh machine any one of them is the only
+# command needed. Beforehand: Python >= 3.11 with venv, and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Tests beyond two processes gain little and cost memory.
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+
+help: ## show the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"bagscope needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Name another one: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
+	@touch $@
+
+install: $(READY) ## make the virtual environment
+
+demo: $(READY) ## synthetic slides through the whole line, into ./demo
+	$(BIN)/bagscope demo --until tile demo
+
+fmt: $(READY) ## format and sort imports
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell bagscope tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/mypy
+
+check: lint ## lint, types and fast tests
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu and not network' -n $(JOBS)
+
+test: $(READY) ## every test that this machine can run, with coverage
+	$(BIN)/python -m pytest -m 'not network' -n $(JOBS) --cov --cov-report=
+	$(BIN)/coverage report --skip-covered --sort=cover
+	$(BIN)/coverage report --include='bagscope/wsi/*,bagscope/cohort/*,bagscope/artifacts.py' --fail-under=90 --format=total
+
+test-gpu: $(READY) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
+	$(BIN)/python benchmarks/bench_reading.py
+	$(BIN)/python benchmarks/bench_tiling.py
+	$(BIN)/python benchmarks/bench_cohort.py
+
+drill: $(READY) ## kill a run 200 times at random moments, resume, compare
+	$(BIN)/python benchmarks/drill.py --kills 200
+
+golden: $(READY) ## write the golden files of tests/golden anew (a change wants a changelog line)
+	$(BIN)/python tests/golden/make.py
+
+clean: ## remove the environment and everything that a verb made
+	rm -rf $(VENV) demo build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help install demo fmt lint check test test-gpu bench drill golden clean

@@ -1,0 +1,76 @@
+"""The base of everything that a user configures: frozen, strict, with errors in plain words.
+
+A spec refuses unknown keys and names the nearest known one. `parse_spec` turns pydantic's findings
+into one `ConfigError`, so that no user ever reads a validation dump.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bagscope.errors import ConfigError
+
+SpecT = TypeVar("SpecT", bound="Spec")
+
+
+class Spec(BaseModel):
+    """A frozen set of options; each default lives in its field and nowhere else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def parse_spec(kind: type[SpecT], values: Mapping[str, Any], *, where: str) -> SpecT:
+    """Build a spec from untrusted values.
+
+    Args:
+        kind: the spec to build.
+        values: as read from a YAML file or the command line.
+        where: what the values were read from, for the message.
+
+    Raises:
+        ConfigError: every finding, each with field, value seen and what is expected.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        findings = [_finding(kind, dict(found)) for found in error.errors()]
+        raise ConfigError(f"{where}: {'; '.join(findings)}") from error
+
+
+def _finding(kind: type[Spec], found: Mapping[str, Any]) -> str:
+    location: tuple[str | int, ...] = found["loc"]
+    field = ".".join(map(str, location)) or "the spec"
+    if found["type"] == "extra_forbidden":
+        return f"unknown option {field!r}{did_you_mean(str(location[-1]), _known(kind, location))}"
+    if found["type"] == "missing":
+        return f"option {field!r} is missing"
+    message = str(found["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{field} is {found['input']!r}: {message}"
+
+
+def _known(kind: type[Spec], location: Sequence[str | int]) -> list[str]:
+    """List the fields of the model that the last element of `location` was not found in."""
+    model: type[BaseModel] = kind
+    for key in location[:-1]:
+        inner = model.model_fields.get(str(key))
+        if inner is None or not _is_model(inner.annotation):
+            break
+        model = inner.annotation  # type: ignore[assignment]  # just checked by _is_model
+    return list(model.model_fields)
+
+
+def _is_model(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return " (did you mean 'x'?)" for the nearest known name, else the list of known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(sorted(known))})" if known else ""
