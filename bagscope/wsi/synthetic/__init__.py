@@ -1,0 +1,1 @@
+"""Synthetic slides: see docs/architecture.md."""
