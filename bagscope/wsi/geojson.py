@@ -31,8 +31,8 @@ SCHEMA_VERSION = 1
 DECIMALS = 2
 """QuPath's own precision: a hundredth of a level-0 pixel."""
 
-COLOURS: Mapping[str, Rgb] = {TISSUE: (0, 158, 115), PEN: (213, 94, 0), FOLD: (86, 60, 178)}
-"""Told apart by people with any kind of colour vision, and not the colours of common stains."""
+COLOURS: Mapping[str, Rgb] = {TISSUE: (0, 158, 115), PEN: (213, 94, 0), FOLD: (240, 228, 66)}
+"""Okabe and Ito's, told apart by any kind of colour vision; no stain looks like them."""
 
 MEANINGS: Mapping[str, str] = {
     TISSUE: "area that tiles are taken from",

@@ -23,9 +23,6 @@ Layout = Literal["tar", "folder"]
 BATCH_BYTES = 32 << 20
 """Pixels held at a time."""
 
-_PNG_LEVEL = 3
-"""Tissue shrinks by another 3 % at the highest level, in four times the time."""
-
 
 def export(
     slide: Slide,
@@ -101,6 +98,14 @@ def _pngs(
     import cv2
     import numpy as np
 
+    # On tissue, run lengths of well-filtered rows pack tighter than the highest zlib level does, in
+    # a quarter of its time.
+    packing = [
+        cv2.IMWRITE_PNG_COMPRESSION,
+        1,
+        cv2.IMWRITE_PNG_STRATEGY,
+        cv2.IMWRITE_PNG_STRATEGY_RLE,
+    ]
     tile_shape = (plan.tile_px, plan.tile_px, 3)
     batch_tiles = max(1, min(len(corners_l0), BATCH_BYTES // (plan.tile_px**2 * 3)))
     pixels = np.empty((batch_tiles, *tile_shape), np.uint8)
@@ -114,11 +119,7 @@ def _pngs(
         ):
             if not readable:
                 continue
-            encoded, png = cv2.imencode(
-                ".png",
-                cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
-                [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL],
-            )
+            encoded, png = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), packing)
             name = tile_name(slide_id, x_l0, y_l0)
             if not encoded:
                 raise ReadError(f"{name}: could not be packed as PNG")
