@@ -56,6 +56,7 @@ _REQUIRED_ATTRIBUTES = (
     "read_level",
     "backend",
     "tissue_method",
+    "summary",
 )
 
 
@@ -93,10 +94,15 @@ def write_tile_file(
     fields: Mapping[str, Json],
     tissue_method: str,
     outline_geojson: str,
+    summary: Mapping[str, Json],
 ) -> None:
-    """Write one resolution of a tiling atomically; the same tiles give the same bytes."""
-    with atomic_file(path) as temporary, h5py.File(temporary, "w", libver="v110") as file:
+    """Write one resolution of a tiling atomically; the same tiles give the same bytes.
+
+    `summary` is kept as it is given: what a report says of the slide without opening its arrays.
+    """
+    with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
         _write_attributes(file, tiles, slide_id, fields, tissue_method)
+        file.attrs["summary"] = canonical_json(summary).decode()
         coords = file.create_dataset("coords", data=tiles.coords_l0, dtype=np.int32)
         _write_trident_attributes(coords, tiles, slide_id)
         step("mid-write")
@@ -211,11 +217,32 @@ def read_tile_file(path: Path) -> TileFile:
     )
 
 
-def read_fingerprint_fields(path: Path) -> dict[str, Json]:
-    """Return what an existing tile file's fingerprint was made of, without reading its arrays."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileFileRecord:
+    """What a tile file says of itself, without its arrays."""
+
+    fields: Mapping[str, Json]
+    fingerprint: str
+    summary: Mapping[str, Json]
+    outline_geojson: str
+
+
+def read_tile_record(path: Path) -> TileFileRecord:
+    """Read what an existing tile file was made of.
+
+    Raises:
+        ArtifactError: missing or unreadable.
+        SchemaError: not a tile file.
+    """
     with _open(path) as file:
-        fields: dict[str, Json] = json.loads(_checked_attributes(path, file)["fingerprint_fields"])
-    return fields
+        attributes = _checked_attributes(path, file)
+        outline = bytes(file["outline_geojson"][:]).decode() if "outline_geojson" in file else ""
+    return TileFileRecord(
+        fields=json.loads(attributes["fingerprint_fields"]),
+        fingerprint=str(attributes["fingerprint"]),
+        summary=json.loads(attributes["summary"]),
+        outline_geojson=outline,
+    )
 
 
 def _open(path: Path) -> h5py.File:

@@ -276,9 +276,7 @@ def _probe_sharpness(
     cell_of = np.searchsorted(key[probed], key)
 
     downsamples = [level.downsample for level in slide.info.levels]
-    plan = plan_read(
-        downsamples, spacing.mpp, mpp=max(PROBE_MPP, spacing.mpp), tile_px=PROBE_PX
-    )
+    plan = plan_read(downsamples, spacing.mpp, mpp=max(PROBE_MPP, spacing.mpp), tile_px=PROBE_PX)
     inset_l0 = (lattice.extent_l0 - plan.extent_l0) / 2
     corners_l0 = np.rint(lattice.corners_l0(grid[probed]) + inset_l0).astype(np.int32)
     batch = slide.read_tiles(corners_l0, plan, downscale=downscale, threads=threads)

@@ -1,0 +1,160 @@
+"""How a run looks: a live bar in a terminal, plain lines in a log, JSON lines for programs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from bagscope.artifacts import canonical_json
+from bagscope.cohort.progress import (
+    Event,
+    Progress,
+    Reporter,
+    RunFinished,
+    RunStarted,
+    RunWaiting,
+    SlideFinished,
+)
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from bagscope.cohort.jobs import RunReport
+
+MAX_FAILURES_SHOWN = 20
+
+
+def reporter(*, as_json: bool) -> Reporter:
+    """Return the reporter that suits the output."""
+    if as_json:
+        return JsonReporter()
+    return TerminalReporter() if sys.stderr.isatty() else PlainReporter()
+
+
+class JsonReporter:
+    """One JSON object per event on standard output."""
+
+    def emit(self, event: Event) -> None:
+        """Print the event."""
+        words = [c if c.islower() else f"_{c.lower()}" for c in type(event).__name__]
+        typer.echo(canonical_json({"event": "".join(words)[1:], **asdict(event)}))
+
+
+class PlainReporter:
+    """One line per slide on standard error, for logs."""
+
+    def emit(self, event: Event) -> None:
+        """Print a line where there is something to say."""
+        if isinstance(event, RunStarted):
+            shard = f", shard {event.shard[0]}/{event.shard[1]}" if event.shard else ""
+            typer.echo(
+                f"{event.stage}: {event.total} slides, {event.workers} workers{shard}", err=True
+            )
+        elif isinstance(event, SlideFinished):
+            typer.echo(slide_line(event), err=True)
+        elif isinstance(event, RunWaiting):
+            typer.echo(f"waiting for {len(event.slide_ids)} slides worked on elsewhere", err=True)
+
+
+class TerminalReporter:
+    """A bar with rate and time left; failures and warnings scroll past above it."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def emit(self, event: Event) -> None:
+        """Move the bar."""
+        if isinstance(event, RunStarted):
+            self._start(event)
+        elif isinstance(event, SlideFinished):
+            self._advance(event)
+        elif isinstance(event, RunWaiting) and self._bar:
+            self._bar.console.print(
+                f"waiting for {len(event.slide_ids)} slides worked on elsewhere"
+            )
+        elif isinstance(event, RunFinished) and self._bar:
+            self._bar.stop()
+
+    def _start(self, event: RunStarted) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(event.stage, total=event.total, rate="")
+        self._bar.start()
+
+    def _advance(self, event: SlideFinished) -> None:
+        if self._bar is None or self._task is None:
+            return
+        if event.outcome == "failed" or event.warnings:
+            self._bar.console.print(slide_line(event), markup=False, highlight=False)
+        self._bar.update(
+            self._task, completed=event.progress.finished, rate=rate_text(event.progress)
+        )
+
+
+def slide_line(event: SlideFinished) -> str:
+    """Return one line about a finished slide."""
+    progress = event.progress
+    line = f"[{progress.finished}/{progress.total}] {event.slide_id}: {event.outcome}"
+    if event.outcome == "failed":
+        return f"{line} ({event.error_class}): {event.message}"
+    if "tiles" in event.facts:
+        line += f", {event.facts['tiles']:,} tiles"
+    line += f", {event.seconds:.1f} s"
+    if progress.left_s:
+        line += f", {duration_text(progress.left_s)} left"
+    return "\n".join([line, *(f"  warning: {warning}" for warning in event.warnings)])
+
+
+def rate_text(progress: Progress) -> str:
+    """Return rate, failures and time left, as far as they are known."""
+    parts = []
+    if progress.tiles_per_s:
+        parts.append(f"{progress.tiles_per_s:,.0f} tiles/s")
+    if progress.failed:
+        parts.append(f"{progress.failed} failed")
+    if progress.left_s is not None:
+        parts.append(f"{duration_text(progress.left_s)} left")
+    return ", ".join(parts)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as people say it: 42 s, 7 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def print_report(report: RunReport, *, again: str, as_json: bool) -> None:
+    """Print how a run ended, each failure with its reason, and how to go on."""
+    if as_json:
+        return
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in report.counts.items() if count)
+    if report.elsewhere:
+        counts += f", {report.elsewhere} worked on elsewhere"
+    typer.echo(
+        f"{report.stage}: {counts or 'nothing to do'}; {report.tiles:,} tiles "
+        f"in {duration_text(report.seconds)}"
+    )
+    for failure in report.failures[:MAX_FAILURES_SHOWN]:
+        typer.echo(f"  failed  {failure.slide_id}  {failure.error_class}: {failure.message}")
+    if len(report.failures) > MAX_FAILURES_SHOWN:
+        typer.echo(f"  and {len(report.failures) - MAX_FAILURES_SHOWN} more, see the status folder")
+    if report.interrupted:
+        typer.echo(f"interrupted with {report.remaining} slides to go; go on with: {again}")

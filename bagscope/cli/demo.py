@@ -1,0 +1,38 @@
+"""`bagscope demo`: synthetic slides through the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bagscope.cli import console, options
+from bagscope.errors import ConfigError
+from bagscope.pipeline.demo import STAGES, run_demo
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="where to", show_default=True)] = Path("demo"),
+    until: Annotated[str, typer.Option(help=f"last stage: {', '.join(STAGES)}")] = STAGES[-1],
+    slides: Annotated[int, typer.Option(min=2, help="how many slides")] = 8,
+    size_px: Annotated[int, typer.Option(min=1024, help="edge of a slide in pixels")] = 6000,
+    seed: Annotated[int, typer.Option(min=0, help="of the slides")] = 0,
+    workers: options.Workers = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make a small synthetic cohort and run it through the line."""
+    if until not in STAGES:
+        raise ConfigError(f"--until is {until!r}; choose one of {', '.join(STAGES)}")
+    report, sheet = run_demo(
+        folder,
+        console.reporter(as_json=as_json),
+        slides=slides,
+        size_px=size_px,
+        seed=seed,
+        workers=workers,
+    )
+    console.print_report(report, again=f"bagscope demo {folder}", as_json=as_json)
+    if not as_json:
+        typer.echo(f"look at {sheet}")
+    raise typer.Exit(report.exit_code)

@@ -1,0 +1,45 @@
+"""`bagscope run`: the whole line from study.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bagscope.cli import console, options
+from bagscope.cohort.jobs import parse_shard
+from bagscope.cohort.slurm import array_script
+from bagscope.pipeline.study import open_study
+from bagscope.pipeline.tile import tile_cohort
+
+
+def run(
+    study: options.Study,
+    workers: options.Workers = None,
+    shard: options.Shard = None,
+    dask: options.Dask = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="print a Slurm array script in place of running")
+    ] = False,
+    shards: Annotated[
+        int, typer.Option(min=1, help="array size of the Slurm script", show_default=True)
+    ] = 8,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Run every stage that study.yaml describes; resumes where it stopped."""
+    opened = open_study(study, {"run": {"workers": workers}})
+    if slurm:
+        typer.echo(
+            array_script(study, shards=shards, workers=opened.spec.run.worker_count), nl=False
+        )
+        return
+    report = tile_cohort(
+        opened,
+        console.reporter(as_json=as_json),
+        overwrite=overwrite,
+        shard=parse_shard(shard) if shard else None,
+        executor=dask or "local",
+    )
+    console.print_report(report, again=f"bagscope run {study}", as_json=as_json)
+    raise typer.Exit(report.exit_code)

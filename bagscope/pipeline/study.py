@@ -1,0 +1,175 @@
+"""The study folder: its YAML, its cohort table, and where each stage's files lie in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from bagscope import artifacts
+from bagscope.cohort.table import Cohort, load_cohort, write_cohort_csv
+from bagscope.errors import ArtifactError, ConfigError
+from bagscope.specs import Spec, parse_spec
+from bagscope.wsi.tiling import TilingSpec
+
+STUDY_NAME = "study.yaml"
+COHORT_NAME = "cohort.csv"
+
+
+class RunSpec(Spec):
+    """How a cohort is worked through. Nothing here changes a result."""
+
+    workers: int | None = Field(None, ge=1, description="worker processes; one per core if not set")
+    timeout_minutes: float = Field(30.0, gt=0, description="longest that one slide may take")
+    memory_limit_gib: float = Field(8.0, gt=0, description="most that one worker may grow to")
+    stale_claim_minutes: float = Field(
+        5.0, gt=0, description="silence after which another host's claim is taken over"
+    )
+
+    @property
+    def worker_count(self) -> int:
+        """Return how many worker processes to use."""
+        return self.workers or available_cores()
+
+
+class StudySpec(Spec):
+    """The content of study.yaml."""
+
+    cohort: str = Field(COHORT_NAME, description="the cohort table, relative to the study folder")
+    labels: str | None = Field(None, description="clinical table to join by patient_id")
+    tiling: TilingSpec = TilingSpec()
+    run: RunSpec = RunSpec()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """An opened study folder."""
+
+    folder: Path
+    spec: StudySpec
+
+    @property
+    def cohort_path(self) -> Path:
+        """Return where the cohort table lies."""
+        return self.folder / self.spec.cohort
+
+    def cohort(self) -> Cohort:
+        """Load the cohort table, joined with the clinical table where the study names one."""
+        labels = self.folder / self.spec.labels if self.spec.labels else None
+        return load_cohort(self.cohort_path, labels=labels)
+
+    def tiling_folder(self, name: str) -> Path:
+        """Return the folder of a tiling."""
+        return self.folder / "tilings" / name
+
+    def status_folder(self, stage: str) -> Path:
+        """Return the folder of a stage's status files and claims."""
+        return self.folder / "status" / stage
+
+
+def open_study(folder: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Study:
+    """Open a study folder.
+
+    Args:
+        folder: of a study; `study.yaml` may be absent, which means all defaults.
+        overrides: options given on the command line by section, None where not given.
+
+    Raises:
+        ConfigError: no such study, or its YAML does not fit.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no study here; make one with bagscope init {folder} --slides SLIDES"
+        )
+    path = folder / STUDY_NAME
+    values = _read_yaml(path) if path.exists() else {}
+    for section, options in (overrides or {}).items():
+        given = {name: value for name, value in options.items() if value is not None}
+        if given:
+            stored = values.get(section) or {}
+            if not isinstance(stored, dict):
+                raise ConfigError(f"{path}: {section} is {stored!r}, expected a block of options")
+            values[section] = {**stored, **given}
+    spec = parse_spec(StudySpec, values, where=str(path) if path.exists() else "options")
+    study = Study(folder=folder, spec=spec)
+    if not study.cohort_path.exists():
+        raise ConfigError(
+            f"{study.cohort_path}: no cohort table; make one with "
+            f"bagscope init {folder} --slides SLIDES"
+        )
+    return study
+
+
+def init_study(folder: Path, source: str, *, labels: Path | None = None) -> tuple[Study, Cohort]:
+    """Make a study folder from a table, a folder or a glob of slides.
+
+    A study that is already there is kept when it holds the same cohort.
+
+    Raises:
+        ConfigError: the folder holds a study of another cohort, or can't be written.
+    """
+    cohort = load_cohort(source, labels=labels)
+    path = folder / COHORT_NAME
+    if path.exists():
+        existing = load_cohort(path)
+        if [(row.slide_id, row.path) for row in existing.rows] != [
+            (row.slide_id, row.path) for row in cohort.rows
+        ]:
+            raise ConfigError(
+                f"{path}: holds {len(existing.rows)} slides that are not the {len(cohort.rows)} of "
+                f"{source}; choose another study folder, or edit the table"
+            )
+        return open_study(folder), cohort
+    try:
+        write_cohort_csv(cohort, path)
+        if not (folder / STUDY_NAME).exists():
+            artifacts.write_text(folder / STUDY_NAME, _template())
+    except ArtifactError as error:
+        raise ConfigError(str(error)) from error
+    return open_study(folder), cohort
+
+
+def _template() -> str:
+    """Return a study.yaml with every option at its default, each explained."""
+    lines = [f"cohort: {COHORT_NAME}", ""]
+    for section, kind in (("tiling", TilingSpec), ("run", RunSpec)):
+        lines.append(f"{section}:")
+        for name, field in kind.model_fields.items():
+            default = field.get_default()
+            if isinstance(default, Spec):
+                continue
+            value = list(default) if isinstance(default, tuple) else default
+            text = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+            lines.append(f"  # {name}: {text:<8} {field.description}")
+        lines[-1] += "\n"
+    # An all-commented block would read as null; an explicit empty one can be filled in.
+    body = "\n".join(lines)
+    return body.replace("tiling:\n", "tiling: {}\n").replace("run:\n", "run: {}\n")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path}: not readable as YAML ({' '.join(str(error).split())})"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: could not be read ({error})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, expected a block of options")
+    return values
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,212 @@
+"""The tile stage over a cohort: what the command and the library call. Light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bagscope import artifacts
+from bagscope.cohort.progress import Reporter
+from bagscope.cohort.runner import Job, RunOptions, RunReport, StageResult, run_cohort
+from bagscope.cohort.status import read_statuses
+from bagscope.cohort.table import SlideRow
+from bagscope.errors import ConfigError
+from bagscope.pipeline.study import RunSpec, Study
+from bagscope.wsi.contact_sheet import SheetEntry, write_contact_sheet
+from bagscope.wsi.tiling import NUMERICS, TilingSpec, tiling_name
+
+STAGE = "tile"
+WORKER_MODULE = "bagscope.pipeline.tile_worker"
+"""Imported once by the server that workers are forked from; it pulls in numpy, cv2 and h5py."""
+
+Frame = Literal["qupath", "openslide"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotations:
+    """Where annotations come from: for all slides a file or folder, each slide's own beside it.
+
+    `frame` is the origin of their coordinates: QuPath's (the scanned bounds) or OpenSlide's.
+    """
+
+    roi: Path | None = None
+    masks: Path | None = None
+    frame: Frame = "qupath"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """Where tiles go as PNG files, and whether as one tar per slide or one folder."""
+
+    folder: Path
+    layout: Literal["tar", "folder"] = "tar"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileTask:
+    """All that a worker needs to tile one slide."""
+
+    slide_id: str
+    path: Path
+    mpp: float | None
+    spec: TilingSpec
+    tilings_folder: Path
+    annotations: Annotations
+    backend: str | None
+    export: Export | None
+    overwrite: bool
+    threads: int
+
+
+def tile_cohort(
+    study: Study,
+    report: Reporter,
+    *,
+    annotations: Annotations | None = None,
+    backend: str | None = None,
+    export: Export | None = None,
+    overwrite: bool = False,
+    shard: tuple[int, int] | None = None,
+    executor: str = "local",
+) -> RunReport:
+    """Tile every slide of a study; resumes where an earlier run stopped.
+
+    Args:
+        study: an opened study; its spec says how to tile.
+        report: is told of progress.
+        annotations: regions to tile inside of, and edited masks.
+        backend: read with this one and not the one chosen automatically.
+        export: write the tiles' pixels too.
+        overwrite: replace tilings that were made differently.
+        shard: (i, n), to work on the i-th of n parts of the cohort.
+        executor: "local", or the address of a Dask scheduler.
+
+    Raises:
+        ConfigError: the cohort table or an option does not fit.
+        FingerprintMismatch: the tiling exists with another spec and `overwrite` is false.
+    """
+    cohort = study.cohort()
+    spec = study.spec.tiling
+    name = tiling_name(spec)
+    annotations = annotations or Annotations()
+    _require_existing(annotations.roi, "--roi")
+    _require_existing(annotations.masks, "--masks")
+    jobs = [
+        Job(
+            slide_id=row.slide_id,
+            payload=_task(study, row, annotations, backend, export, overwrite),
+        )
+        for row in cohort.rows
+    ]
+    _claim_tiling(study, spec, overwrite=overwrite)
+    result = run_cohort(
+        jobs,
+        tile_one,
+        stage=f"{STAGE}/{name}",
+        status_dir=study.status_folder(f"{STAGE}/{name}"),
+        options=run_options(study.spec.run, shard, executor, preload=(WORKER_MODULE,)),
+        report=report,
+    )
+    write_sheet(study, [row.slide_id for row in cohort.rows])
+    return result
+
+
+def tile_one(job: Job) -> StageResult:
+    """Tile one slide, in a worker."""
+    from bagscope.pipeline.tile_worker import tile_task
+
+    return tile_task(job.payload)
+
+
+def run_options(
+    run: RunSpec, shard: tuple[int, int] | None, executor: str, *, preload: tuple[str, ...]
+) -> RunOptions:
+    """Return the runner's options for a study's settings."""
+    return RunOptions(
+        workers=run.worker_count,
+        timeout_s=run.timeout_minutes * 60,
+        memory_limit_mib=run.memory_limit_gib * 1024,
+        stale_claim_s=run.stale_claim_minutes * 60,
+        shard=shard,
+        executor=executor,
+        preload=preload,
+    )
+
+
+def _task(
+    study: Study,
+    row: SlideRow,
+    annotations: Annotations,
+    backend: str | None,
+    export: Export | None,
+    overwrite: bool,
+) -> TileTask:
+    roi = row.roi or annotations.roi
+    return TileTask(
+        slide_id=row.slide_id,
+        path=row.path,
+        mpp=row.mpp,
+        spec=study.spec.tiling,
+        tilings_folder=study.folder / "tilings",
+        annotations=Annotations(roi=roi, masks=annotations.masks, frame=annotations.frame),
+        backend=backend,
+        export=export,
+        overwrite=overwrite,
+        # Cores that are not taken by another worker help to read.
+        threads=max(1, 2 // study.spec.run.worker_count),
+    )
+
+
+def _claim_tiling(study: Study, spec: TilingSpec, *, overwrite: bool) -> None:
+    """Write the tiling's spec, or refuse to mix two specs in one folder."""
+    requested = {"spec": spec.model_dump(mode="json"), "numerics": NUMERICS}
+    for mpp in (spec.mpp, *spec.coarser_mpp):
+        folder = study.tiling_folder(tiling_name(spec, mpp))
+        path = folder / "spec.json"
+        if path.exists() and not overwrite:
+            artifacts.require_same(
+                artifacts.read_json(path),
+                requested,
+                what=str(folder),
+                remedy="choose another study folder, or replace the tiling with --overwrite",
+            )
+        elif not path.exists() or artifacts.read_json(path) != requested:
+            artifacts.write_json(path, requested)
+
+
+def _require_existing(path: Path | None, option: str) -> None:
+    if path is not None and not path.exists():
+        raise ConfigError(f"{option} {path}: no such file or folder")
+
+
+def write_sheet(study: Study, slide_ids: list[str]) -> Path:
+    """Write the tiling's contact sheet from what the status files say; return its path."""
+    name = tiling_name(study.spec.tiling)
+    folder = study.tiling_folder(name)
+    statuses = read_statuses(study.status_folder(f"{STAGE}/{name}"))
+    entries = []
+    for slide_id in slide_ids:
+        status = statuses.get(slide_id)
+        if status is None:
+            continue
+        facts = status.facts
+        picture = folder / "masks" / f"{slide_id}.jpg"
+        entries.append(
+            SheetEntry(
+                slide_id=slide_id,
+                picture=picture if picture.is_file() else None,
+                tiles=int(facts.get("tiles", 0)),
+                tissue_fraction=float(facts.get("tissue_fraction", 0)),
+                pen_fraction=float(facts.get("pen_fraction", 0)),
+                fold_fraction=float(facts.get("fold_fraction", 0)),
+                blurred_fraction=float(facts.get("blurred_fraction", 0)),
+                fragments=int(facts.get("fragments", 0)),
+                status=status.outcome,
+                message=status.message,
+                warnings=tuple(status.warnings),
+            )
+        )
+    path = folder / "contact_sheet.html"
+    write_contact_sheet(path, entries, title=name)
+    return path
