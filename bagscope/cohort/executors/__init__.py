@@ -1,0 +1,1 @@
+"""Where the work on a slide happens: local processes, or a Dask cluster."""
