@@ -90,7 +90,7 @@ def draw(
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     picture = np.ascontiguousarray(cv2.resize(rgb, size, interpolation=how), dtype=np.uint8)
     per_px = (size[0] / width, size[1] / height)
-    thickness = max(1, round(max(size) / 700))
+    thickness = max(2, round(max(size) / 640))
 
     if tiles is not None and len(tiles.corners_l0):
         _tint_tiles(picture, tiles, frame, per_px)
@@ -107,7 +107,7 @@ def draw(
             for shape in polygons(mask, on_picture)
             for ring in shape.rings_l0
         ]
-        for colour, extra in ((_CASING, 2), (COLOURS[class_name], 0)):
+        for colour, extra in ((_CASING, 1), (COLOURS[class_name], 0)):
             cv2.polylines(
                 picture, rings, True, colour, thickness + extra, cv2.LINE_AA, _SUBPIXEL_BITS
             )
