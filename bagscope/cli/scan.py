@@ -34,8 +34,10 @@ def scan(
     as_json: options.AsJson = False,
 ) -> None:
     """Open every slide, count its tiles, time a few reads, and list every problem."""
-    tiling = {"mpp": mpp, "tile_px": tile_px, "allow_estimated_mpp": allow_estimated_mpp}
-    overrides = {"tiling": tiling, "run": {"workers": workers}}
+    overrides: dict[str, dict[str, object]] = {
+        "tiling": {"mpp": mpp, "tile_px": tile_px, "allow_estimated_mpp": allow_estimated_mpp},
+        "run": {"workers": workers},
+    }
     folder = Path(source)
     if (folder / "cohort.csv").exists():
         study = open_study(folder, overrides)

@@ -39,13 +39,13 @@ def tile(
         Path | None,
         typer.Option(help="GeoJSON file, or a folder of <slide_id>.geojson, to tile inside of"),
     ] = None,
-    label: Annotated[
+    roi_include: Annotated[
         list[str] | None,
-        typer.Option("--label", help="annotation class to tile inside of; may be repeated"),
+        typer.Option(help="annotation class to tile inside of; may be repeated"),
     ] = None,
-    exclude_label: Annotated[
+    roi_exclude: Annotated[
         list[str] | None,
-        typer.Option("--exclude-label", help="annotation class to keep away from"),
+        typer.Option(help="annotation class to keep away from; may be repeated"),
     ] = None,
     masks: Annotated[
         Path | None,
@@ -84,7 +84,7 @@ def tile(
         "downscale": downscale,
         "allow_upsampling": allow_upsampling,
         "allow_estimated_mpp": allow_estimated_mpp,
-        "roi": _roi(label, exclude_label),
+        "roi": _roi(roi_include, roi_exclude),
     }
     run = {
         "workers": workers,
@@ -94,8 +94,8 @@ def tile(
     if slides is not None and not dry_run:
         init_study(study, slides)
     opened = open_study(study, {"tiling": tiling, "run": run})
-    if (label or exclude_label) and roi is None and not any(r.roi for r in opened.cohort().rows):
-        raise ConfigError("--label and --exclude-label need annotations; pass --roi as well")
+    if tiling["roi"] and roi is None and not any(row.roi for row in opened.cohort().rows):
+        raise ConfigError("--roi-include and --roi-exclude need annotations; pass --roi as well")
     if dry_run:
         _print_plan(opened, as_json=as_json)
         return

@@ -129,8 +129,8 @@ def _slides(problems: list[str]) -> dict[str, str]:
     from bagscope.wsi.opening import backends
 
     found = {}
-    for name, available in backends().items():
-        found[f"backend {name}"] = available
+    for backend in backends():
+        found[f"backend {backend.name}"] = f"{backend.reads} ({backend.version or backend.problem})"
     try:
         import openslide
     except ImportError as error:

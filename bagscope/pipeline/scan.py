@@ -12,8 +12,9 @@ from pathlib import Path
 
 from bagscope import artifacts
 from bagscope.artifacts import Json
+from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
-from bagscope.cohort.runner import Job, RunReport, StageResult, run_cohort
+from bagscope.cohort.runner import run_cohort
 from bagscope.cohort.status import read_statuses
 from bagscope.cohort.table import Cohort
 from bagscope.pipeline.study import RunSpec

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bagscope.artifacts import Json, fingerprint
-from bagscope.cohort.runner import StageResult
+from bagscope.cohort.jobs import StageResult
 from bagscope.errors import SlideError
 from bagscope.pipeline.scan import ScanTask
 from bagscope.pipeline.tile_worker import scene_of

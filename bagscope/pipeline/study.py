@@ -24,11 +24,11 @@ COHORT_NAME = "cohort.csv"
 class RunSpec(Spec):
     """How a cohort is worked through. Nothing here changes a result."""
 
-    workers: int | None = Field(None, ge=1, description="worker processes; one per core if not set")
-    timeout_minutes: float = Field(30.0, gt=0, description="longest that one slide may take")
-    memory_limit_gib: float = Field(8.0, gt=0, description="most that one worker may grow to")
+    workers: int | None = Field(default=None, ge=1, description="worker processes; one per core if not set")
+    timeout_minutes: float = Field(default=30.0, gt=0, description="longest that one slide may take")
+    memory_limit_gib: float = Field(default=8.0, gt=0, description="most that one worker may grow to")
     stale_claim_minutes: float = Field(
-        5.0, gt=0, description="silence after which another host's claim is taken over"
+       default= default=5.0, gt=0, description="silence after which another host's claim is taken over"
     )
 
     @property
@@ -40,8 +40,10 @@ class RunSpec(Spec):
 class StudySpec(Spec):
     """The content of study.yaml."""
 
-    cohort: str = Field(COHORT_NAME, description="the cohort table, relative to the study folder")
-    labels: str | None = Field(None, description="clinical table to join by patient_id")
+    cohort: str = Field(
+       default= default=COHORT_NAME, description="the cohort table, relative to the study folder"
+    )
+    labels: str | None = Field(default=None, description="clinical table to join by patient_id")
     tiling: TilingSpec = TilingSpec()
     run: RunSpec = RunSpec()
 
@@ -67,9 +69,10 @@ class Study:
         """Return the folder of a tiling."""
         return self.folder / "tilings" / name
 
-    def status_folder(self, stage: str) -> Path:
-        """Return the folder of a stage's status files and claims."""
-        return self.folder / "status" / stage
+    @property
+    def status_folder(self) -> Path:
+        """Return the folder under which every stage keeps its status files and claims."""
+        return self.folder / "status"
 
 
 def open_study(folder: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Study:

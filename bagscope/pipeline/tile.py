@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from bagscope import artifacts
+from bagscope.cohort.jobs import Job, RunOptions, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
-from bagscope.cohort.runner import Job, RunOptions, RunReport, StageResult, run_cohort
+from bagscope.cohort.runner import run_cohort
 from bagscope.cohort.status import read_statuses
 from bagscope.cohort.table import SlideRow
 from bagscope.errors import ConfigError
 from bagscope.pipeline.study import RunSpec, Study
-from bagscope.wsi.contact_sheet import SheetEntry, write_contact_sheet
+from bagscope.wsi import contact_sheet
+from bagscope.wsi.contact_sheet import SheetEntry
 from bagscope.wsi.tiling import NUMERICS, TilingSpec, tiling_name
 
 STAGE = "tile"
@@ -104,7 +106,7 @@ def tile_cohort(
         jobs,
         tile_one,
         stage=f"{STAGE}/{name}",
-        status_dir=study.status_folder(f"{STAGE}/{name}"),
+        status_dir=study.status_folder,
         options=run_options(study.spec.run, shard, executor, preload=(WORKER_MODULE,)),
         report=report,
     )
@@ -184,7 +186,7 @@ def write_sheet(study: Study, slide_ids: list[str]) -> Path:
     """Write the tiling's contact sheet from what the status files say; return its path."""
     name = tiling_name(study.spec.tiling)
     folder = study.tiling_folder(name)
-    statuses = read_statuses(study.status_folder(f"{STAGE}/{name}"))
+    statuses = read_statuses(study.status_folder, f"{STAGE}/{name}")
     entries = []
     for slide_id in slide_ids:
         status = statuses.get(slide_id)
@@ -208,5 +210,5 @@ def write_sheet(study: Study, slide_ids: list[str]) -> Path:
             )
         )
     path = folder / "contact_sheet.html"
-    write_contact_sheet(path, entries, title=name)
+    contact_sheet.write(path, entries, title=name)
     return path

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from bagscope import artifacts
 from bagscope.artifacts import Json, fingerprint, sha256_of_file
-from bagscope.cohort.runner import StageResult
-from bagscope.errors import ArtifactError, ReadError, SlideError
+from bagscope.cohort.jobs import StageResult
+from bagscope.errors import ArtifactError, SlideError
 from bagscope.pipeline.tile import TileTask
 from bagscope.wsi import geojson, overlay, roi
 from bagscope.wsi.identity import slide_identity
@@ -22,9 +22,14 @@ from bagscope.wsi.outline import MaskFrame, masks_from_regions, regions_of
 from bagscope.wsi.overview import Overview, read_overview
 from bagscope.wsi.slide import Slide
 from bagscope.wsi.spacing import require_spacing
-from bagscope.wsi.tile_export import export_tiles
-from bagscope.wsi.tile_file import TileFileRecord, read_tile_record, write_tile_file
-from bagscope.wsi.tiles import TiledSlide, TileSet, tile_slide
+from bagscope.wsi.tile_export import export
+from bagscope.wsi.tile_file import (
+    TileFileRecord,
+    read_tile_file,
+    read_tile_record,
+    write_tile_file,
+)
+from bagscope.wsi.tiles import TiledSlide, TileSet, plan_for, refuse_if_unreadable, tile_slide
 from bagscope.wsi.tiling import NUMERICS, tiling_name
 from bagscope.wsi.tissue import METHOD, TissueMap
 
@@ -155,17 +160,15 @@ def _allowed(
                 f"{task.slide_id}.geojson, or leave the slide out of the cohort"
             )
         return None
+    bounds_l0 = slide.info.bounds_l0
     regions = geojson.read_regions(
-        region_file, bounds_l0=slide.info.bounds_l0, default_frame=task.annotations.frame
+        region_file, bounds_l0=bounds_l0, default_frame=task.annotations.frame
     )
-    selection = roi.RoiSelection(include=task.spec.roi.include, exclude=task.spec.roi.exclude)
-    return roi.allowed_mask(
-        regions,
-        selection,
-        overview.frame,
-        bounds_l0=slide.info.bounds_l0,
-        source=region_file.name,
-    )
+    roi.require_inside(regions, bounds_l0, slide_name=task.slide_id, file_name=region_file.name)
+    chosen = task.spec.roi
+    selection = roi.RoiSelection(include=chosen.include, exclude=chosen.exclude)
+    allowed: NDArray[np.bool_] = roi.allowed_mask(regions, selection, overview.frame) >= 0.5
+    return allowed
 
 
 def _own_annotation(task: TileTask, source: Path | None) -> Path | None:
@@ -224,15 +227,16 @@ def _write(
     if not given_back:
         _refuse_to_lose_edits(outline_path, outline, existing)
         artifacts.write_text(outline_path, outline)
-    picture = overlay.encode_jpeg(
-        overlay.draw(
-            tiled.overview.rgb,
-            masks.tissue,
-            masks.pen,
-            masks.fold,
-            mpp=tiled.overview.mpp,
-            tiles=_tile_boxes(tiled.tiles, frame),
-        )
+    picture = overlay.encode_overview(
+        tiled.overview.rgb,
+        masks.tissue,
+        masks.pen,
+        masks.fold,
+        frame,
+        mpp=tiled.overview.mpp,
+        tiles=overlay.KeptTiles(
+            corners_l0=tiled.tiles.coords_l0, extent_l0=tiled.tiles.plan.extent_l0
+        ),
     )
     artifacts.write_bytes(outline_path.with_suffix(".jpg"), picture)
     tiles: TileSet | None = tiled.tiles
@@ -262,13 +266,6 @@ def _refuse_to_lose_edits(path: Path, outline: str, existing: TileFileRecord | N
             f"{path}: was edited since it was written, and would be overwritten; use the edited "
             f"masks with --masks {path.parent.name}, or remove the file"
         )
-
-
-def _tile_boxes(tiles: TileSet, frame: MaskFrame) -> NDArray[np.float64]:
-    """Return the tiles' footprints in overview pixels, (N, 4) as x, y, width, height."""
-    corners = frame.from_l0(tiles.coords_l0.astype(np.float64))
-    size = np.array([tiles.plan.extent_l0 / frame.px_l0_x, tiles.plan.extent_l0 / frame.px_l0_y])
-    return np.hstack([corners, np.broadcast_to(size, corners.shape)])
 
 
 def _summary(tiled: TiledSlide) -> dict[str, Json]:
@@ -302,13 +299,15 @@ def _fragments(tissue: NDArray[np.bool_]) -> int:
 
 
 def _export(task: TileTask, fields: Mapping[str, Json]) -> bool:
-    """Write the tiles' pixels where that is asked for; return whether anything was written."""
-    if task.export is None:
-        return False
-    from bagscope.wsi.tile_file import read_tile_file
+    """Write the tiles' pixels where that is asked for; return whether anything was written.
 
-    record_path = task.export.folder / f"{task.slide_id}.json"
-    record = {"fingerprint": fingerprint(fields), "layout": task.export.layout}
+    The record beside them is written last and carries the tiling's fingerprint.
+    """
+    wanted = task.export
+    if wanted is None:
+        return False
+    record_path = wanted.folder / f"{task.slide_id}.json"
+    record: dict[str, Json] = {"fingerprint": fingerprint(fields), "layout": wanted.layout}
     if record_path.exists() and not task.overwrite:
         stored = artifacts.read_json(record_path)
         artifacts.require_same(
@@ -318,34 +317,19 @@ def _export(task: TileTask, fields: Mapping[str, Json]) -> bool:
             remedy="replace it with --overwrite, or export into another folder",
         )
         return False
+    suffix = ".tar" if wanted.layout == "tar" else ""
     with _open(task) as slide:
-        spacing = require_spacing(slide.info)
-        coords_l0 = read_tile_file(_tile_path(task, task.spec.mpp)).coords_l0
-        from bagscope.wsi.geometry import plan_read
-
-        plan = plan_read(
-            [level.downsample for level in slide.info.levels],
-            spacing.mpp,
-            mpp=task.spec.mpp,
-            tile_px=task.spec.tile_px,
-            allow_upsampling=task.spec.allow_upsampling,
-        )
-        written, unreadable = export_tiles(
+        written, unreadable = export(
             slide,
-            coords_l0,
-            plan,
-            task.export.folder,
+            read_tile_file(_tile_path(task, task.spec.mpp)).coords_l0,
+            plan_for(slide.info, require_spacing(slide.info), task.spec, task.spec.mpp),
+            wanted.folder / f"{task.slide_id}{suffix}",
             slide_id=task.slide_id,
-            layout=task.export.layout,
+            layout=wanted.layout,
             downscale="dct" if task.spec.downscale == "dct" else "area",
             threads=task.threads,
+            fields=record,
         )
-    share = unreadable / max(1, written + unreadable)
-    if share > task.spec.max_unreadable:
-        raise ReadError(
-            f"{task.slide_id}: {unreadable} of {written + unreadable} tiles ({share:.1%}) can't be "
-            f"read, more than max_unreadable {task.spec.max_unreadable:.1%} allows; get a fresh "
-            "copy of the file, or raise --max-unreadable"
-        )
+    refuse_if_unreadable(unreadable, written, task.spec.max_unreadable)
     artifacts.write_json(record_path, {**record, "tiles": written, "unreadable": unreadable})
     return True

@@ -107,7 +107,7 @@ def tile_slide(
         ReadError: more than `spec.max_unreadable` of the tiles can't be read.
     """
     spacing = require_spacing(slide.info)
-    plan = _plan(slide.info, spacing, spec, spec.mpp)
+    plan = plan_for(slide.info, spacing, spec, spec.mpp)
     downscale = cast("Downscale", spec.downscale)
     if overview is None:
         overview = read_overview(slide, spacing.mpp, downscale=downscale, threads=threads)
@@ -116,7 +116,9 @@ def tile_slide(
     )
     lattice = lattice_for(slide.info.bounds_l0, plan, overlap_px=spec.overlap_px)
     measured = _measure(lattice, overview, tissue_map, allowed, faults_l0)
-    tiles, warnings = _choose(slide, spec, spacing, plan, lattice, measured, threads)
+    tiles, warnings = _choose(
+        slide, spec, spacing, plan, lattice, measured, overview.problems, threads
+    )
     if spec.coarser_mpp:
         tiles = _with_coarser(tiles, overview, tissue_map, spec.coarser_mpp)
     return TiledSlide(
@@ -181,6 +183,7 @@ def _choose(
     plan: ReadPlan,
     lattice: Lattice,
     measured: _Measured,
+    overview_problems: tuple[str, ...],
     threads: int,
 ) -> tuple[TileSet, tuple[str, ...]]:
     """Keep the places that the spec accepts, and count why the others went."""
@@ -207,7 +210,9 @@ def _choose(
     dropped = {reason: int(np.count_nonzero(where)) for reason, where in reasons.items()}
     dropped["unreadable"] += int(np.count_nonzero(~readable))
     dropped["blurred"] = int(np.count_nonzero(readable & (score < spec.min_sharpness)))
-    _refuse_if_unreadable(dropped["unreadable"], int(keep.sum()), spec, problems)
+    refuse_if_unreadable(
+        dropped["unreadable"], int(keep.sum()), spec.max_unreadable, (*overview_problems, *problems)
+    )
 
     rows = np.flatnonzero(keep)
     if spec.max_tiles is not None:
@@ -232,16 +237,22 @@ def _choose(
     return tiles, problems
 
 
-def _refuse_if_unreadable(
-    unreadable: int, kept: int, spec: TilingSpec, problems: tuple[str, ...]
+def refuse_if_unreadable(
+    unreadable: int, readable: int, max_unreadable: float, problems: tuple[str, ...] = ()
 ) -> None:
-    share = unreadable / max(1, unreadable + kept)
-    if unreadable and share > spec.max_unreadable:
+    """Fail a slide of which too many tiles can't be read.
+
+    Raises:
+        ReadError: says how many, and the first cause.
+    """
+    total = unreadable + readable
+    share = unreadable / max(1, total)
+    if share > max_unreadable:
         cause = f" ({problems[0]})" if problems else ""
         raise ReadError(
-            f"{unreadable} of {unreadable + kept} tiles ({share:.1%}) can't be read{cause}, more "
-            f"than max_unreadable {spec.max_unreadable:.1%} allows; get a fresh copy of the file, "
-            "or raise --max-unreadable"
+            f"{unreadable} of {total} tiles ({share:.1%}) can't be read{cause}, more than "
+            f"max_unreadable {max_unreadable:.1%} allows; get a fresh copy of the file, or raise "
+            "--max-unreadable"
         )
 
 
@@ -307,7 +318,7 @@ def _with_coarser(
         info=fine.info,
         spacing=fine.spacing,
         spec=fine.spec,
-        plan=_plan(fine.info, fine.spacing, fine.spec, mpp),
+        plan=plan_for(fine.info, fine.spacing, fine.spec, mpp),
         lattice=lattice,
         coords_l0=lattice.corners_l0(grid),
         grid=grid,
@@ -325,7 +336,12 @@ def _with_coarser(
     return replace(fine, parent=parent.astype(np.int32), coarser=coarse)
 
 
-def _plan(info: SlideInfo, spacing: Spacing, spec: TilingSpec, mpp: float) -> ReadPlan:
+def plan_for(info: SlideInfo, spacing: Spacing, spec: TilingSpec, mpp: float) -> ReadPlan:
+    """Return how a tile of a spec is read from a slide, at one of the spec's resolutions.
+
+    Raises:
+        SpacingError: scanned coarser than asked.
+    """
     return plan_read(
         [level.downsample for level in info.levels],
         spacing.mpp,

@@ -25,37 +25,42 @@ class RoiSpec(Spec):
     """
 
     include: tuple[str, ...] | None = Field(
-        None, min_length=1, description="annotation classes to tile inside of; all when not given"
+       default= default=None,
+        min_length=1,
+        description="annotation classes to tile inside of; all when not given",
     )
-    exclude: tuple[str, ...] = Field((), description="annotation classes to keep away from")
+    exclude: tuple[str, ...] = Field(default=(), description="annotation classes to keep away from")
 
 
 class TilingSpec(Spec):
     """How slides are cut into tiles. Everything here stands in the tile file's fingerprint."""
 
-    mpp: Mpp = Field(0.5, description="micrometres per tile pixel")
-    tile_px: int = Field(256, ge=16, le=8192, description="tile edge in pixels")
-    overlap_px: int = Field(0, ge=0, description="pixels that neighbouring tiles share")
+    mpp: Mpp = Field(default=0.5, description="micrometres per tile pixel")
+    tile_px: int = Field(default=256, ge=16, le=8192, description="tile edge in pixels")
+    overlap_px: int = Field(default=0, ge=0, description="pixels that neighbouring tiles share")
     coarser_mpp: tuple[Mpp, ...] = Field(
-        (), description="further resolutions, whole multiples of mpp, tiled in alignment with it"
+       default= default=(),
+        description="further resolutions, whole multiples of mpp, tiled in alignment with it",
     )
-    min_tissue: Fraction = Field(0.25, description="least tissue fraction of a tile")
-    max_pen: Fraction = Field(0.05, description="most of a tile that may be pen ink")
-    max_fold: Fraction = Field(0.5, description="most of a tile that may be a dark fold")
-    min_sharpness: Fraction = Field(0.15, description="least sharpness; 0 keeps blurred tiles")
+    min_tissue: Fraction = Field(default=0.25, description="least tissue fraction of a tile")
+    max_pen: Fraction = Field(default=0.05, description="most of a tile that may be pen ink")
+    max_fold: Fraction = Field(default=0.5, description="most of a tile that may be a dark fold")
+    min_sharpness: Fraction = Field(default=0.15, description="least sharpness; 0 keeps blurred tiles")
     max_unreadable: Fraction = Field(
-        0.01, description="share of tiles that may be unreadable before the slide fails"
+       default= default=0.01, description="share of tiles that may be unreadable before the slide fails"
     )
     max_tiles: int | None = Field(
-        None, ge=1, description="keep at most so many tiles, spread over the tissue"
+       default= default=None, ge=1, description="keep at most so many tiles, spread over the tissue"
     )
-    seed: int = Field(0, ge=0, description="of the choice that max_tiles makes")
+    seed: int = Field(default=0, ge=0, description="of the choice that max_tiles makes")
     downscale: str = Field(
-        "area", pattern="^(area|dct)$", description="how coarser pixels are made: area or dct"
+       default= default="area",
+        pattern="^(area|dct)$",
+        description="how coarser pixels are made: area or dct",
     )
-    allow_upsampling: bool = Field(False, description="enlarge slides scanned coarser than mpp")
+    allow_upsampling: bool = Field(default=False, description="enlarge slides scanned coarser than mpp")
     allow_estimated_mpp: bool = Field(
-        False, description="infer the pixel size from the objective where nothing states it"
+        default=False, description="infer the pixel size from the objective where nothing states it"
     )
     roi: RoiSpec = RoiSpec()
 
