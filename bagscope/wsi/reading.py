@@ -142,6 +142,33 @@ def read_tiles_by_region(
     return TileBatch(images=images, readable=readable, problems=problems.sentences())
 
 
+def cut_out(
+    size_lv: tuple[int, int],
+    window: tuple[int, int, int, int],
+    background: Rgb,
+    read: Callable[[int, int, int, int], NDArray[np.uint8]],
+) -> NDArray[np.uint8]:
+    """Read the part of a window that lies in a level; the rest of it shows background.
+
+    Args:
+        size_lv: the level's width and height.
+        window: x, y, width and height; may reach beyond the level.
+        background: the colour outside the level.
+        read: returns the pixels (y1-y0, x1-x0, 3) of x0, y0, x1, y1, which lie inside the level.
+    """
+    import numpy as np
+
+    x_lv, y_lv, width_px, height_px = window
+    x0, y0 = max(x_lv, 0), max(y_lv, 0)
+    x1, y1 = min(x_lv + width_px, size_lv[0]), min(y_lv + height_px, size_lv[1])
+    out = np.empty((height_px, width_px, 3), np.uint8)
+    if x1 - x0 < width_px or y1 - y0 < height_px:
+        out[...] = background
+    if x1 > x0 and y1 > y0:
+        out[y0 - y_lv : y1 - y_lv, x0 - x_lv : x1 - x_lv] = read(x0, y0, x1, y1)
+    return out
+
+
 def composite(rgba: NDArray[np.uint8], background: Rgb) -> NDArray[np.uint8]:
     """Lay unassociated RGBA (H, W, 4) over a background: (H, W, 3) uint8, C-contiguous."""
     import numpy as np
