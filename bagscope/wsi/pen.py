@@ -1,0 +1,111 @@
+"""Ink on slide or tissue: red, green, blue and black marker.
+
+Marker dyes absorb in other proportions than tissue stains: blue ink takes red light alone where
+haematoxylin takes green as well, red ink spares red where eosin spares blue too, green ink spares
+green, which no stain does; black ink takes everything alike. Ink is also thick and even where
+tissue of the same darkness is grainy. Strict rules find sure ink, loose ones follow it out to its
+edge and across tissue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_PEN = 0.05
+"""A tile with a larger share of ink is left out by default."""
+
+MIN_STROKE_UM = 50.0
+"""Thinner lines are not called ink."""
+
+MIN_MARK_UM2 = 12_000.0
+SPREAD_UM = 24.0
+"""How far the ink's blurred edge is counted with it."""
+
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Channels:
+    """Absorption ln(glass / pixel) of each channel, and how uneven the mean is nearby."""
+
+    red: Floats
+    green: Floats
+    blue: Floats
+    mean: Floats
+    uneven: Floats
+
+
+def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
+    """Return where ink is, (H, W) bool.
+
+    Args:
+        absorbed: (H, W, 3) float32, ln(glass / pixel) of red, green and blue.
+        void: (H, W) bool, padding and unreadable pixels.
+        mpp: micrometres per pixel, about 16.
+    """
+    pen = np.zeros(void.shape, np.uint8)
+    soft = cv2.GaussianBlur(absorbed, (3, 3), 0)
+    red, green, blue = cv2.split(soft)
+    mean = (red + green + blue) * np.float32(1 / 3)
+    if float(mean.max(initial=0)) < 0.3:
+        return pen > 0
+    square = cv2.blur(mean * mean, (5, 5)) - cv2.blur(mean, (5, 5)) ** 2
+    uneven = np.sqrt(np.maximum(square, 0)) / np.maximum(mean, 0.05)
+    channels = _Channels(red, green, blue, mean, uneven)
+    stroke = max(2, round(MIN_STROKE_UM / mpp))
+    thick = np.ones((stroke, stroke), np.uint8)
+    for rule in (_red, _green, _blue, _black):
+        strict, loose = rule(channels)
+        strict &= ~void & (uneven < 0.25)
+        core = cv2.erode(strict.astype(np.uint8), thick)
+        if core.any():
+            wide = ((loose | strict) & ~void).astype(np.uint8)
+            wide = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+            pen |= _touching(wide, core, MIN_MARK_UM2 / mpp**2)
+    reach = 2 * max(1, round(SPREAD_UM / mpp)) + 1
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))
+    pen = cv2.morphologyEx(pen, cv2.MORPH_CLOSE, kernel)
+    return np.asarray(cv2.dilate(pen, kernel) > 0)
+
+
+def _red(c: _Channels) -> tuple[Bools, Bools]:
+    strict = (c.red < 0.16 * c.green) & (c.blue > 0.55 * c.green) & (c.green > 0.45)
+    loose = (c.red < 0.36 * c.green) & (c.blue > 0.5 * c.green) & (c.green > 0.3)
+    return strict & (c.blue < 1.3 * c.green), loose & (c.blue < 1.35 * c.green)
+
+
+def _green(c: _Channels) -> tuple[Bools, Bools]:
+    strict = (c.red > 1.6 * c.green) & (c.blue > 1.2 * c.green) & (c.red > 0.4)
+    loose = (c.red > 1.1 * c.green) & (c.blue > 0.75 * c.green) & (c.red > 0.3)
+    return strict, loose
+
+
+def _blue(c: _Channels) -> tuple[Bools, Bools]:
+    strict = (c.red > 1.12 * c.green) & (c.blue < 0.25 * c.red) & (c.red > 0.6)
+    loose = (c.red > 0.95 * c.green) & (c.blue < 0.38 * c.red) & (c.red > 0.4)
+    return strict, loose
+
+
+def _black(c: _Channels) -> tuple[Bools, Bools]:
+    least = cv2.min(cv2.min(c.red, c.green), c.blue)
+    most = cv2.max(cv2.max(c.red, c.green), c.blue)
+    strict = (least > 0.75 * most) & (least > 0.75) & (c.uneven < 0.12)
+    loose = (least > 0.65 * most) & (least > 0.5)
+    return strict, loose
+
+
+def _touching(
+    mask: NDArray[np.uint8], core: NDArray[np.uint8], least_px: float
+) -> NDArray[np.uint8]:
+    """Keep the components of `mask` that hold a pixel of `core` and are large enough."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    keep = (stats[:, cv2.CC_STAT_AREA] >= least_px).astype(np.uint8)
+    keep[0] = 0
+    held = np.zeros_like(keep)
+    held[np.unique(labels[core > 0])] = 1
+    return (keep & held)[labels]
