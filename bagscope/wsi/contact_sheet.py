@@ -82,9 +82,9 @@ KINDS: dict[str, str] = {
     "failed": "Failed",
     "almost-none": "Almost none",
     "almost-all": "Almost all",
-    "pen": "Much pen",
-    "blurred": "Low sharpness",
-    "fragments": "Many fragments",
+    "pen": "Pen",
+    "blurred": "Blurred",
+    "fragments": "Fragments",
     "folds": "Folds",
     "warnings": "Warnings",
 }
@@ -95,12 +95,13 @@ def reasons(entry: SheetEntry, limits: SheetLimits | None = None) -> tuple[Reaso
     """Return why a slide is suspicious, weightiest first; nothing where all looks well."""
     at = limits or SheetLimits()
     if entry.status == "failed":
-        return (Reason(kind="failed", text="failed", weight=100),)
+        return (Reason(kind="failed", text="failed", weight=1000),)
     found = []
     if entry.tiles == 0:
         found.append(Reason(kind="almost-none", text="no tiles", weight=90))
     elif entry.tiles < at.few_tiles:
-        found.append(Reason(kind="almost-none", text=f"{entry.tiles} tiles only", weight=80))
+        count = "1 tile" if entry.tiles == 1 else f"{entry.tiles} tiles"
+        found.append(Reason(kind="almost-none", text=f"only {count}", weight=80))
     elif entry.tissue_fraction < at.little_tissue:
         text = f"{_percent(entry.tissue_fraction)} tissue"
         found.append(Reason(kind="almost-none", text=text, weight=80))

@@ -10,6 +10,7 @@ the mask's area, and rasterises back to the same mask.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from bagscope.wsi.slide import Rgb
+
+_log = logging.getLogger(__name__)
 
 TISSUE = "Tissue"
 PEN = "Pen"
@@ -361,11 +364,17 @@ def masks_from_regions(
 
     A pixel belongs to a class where at least half of it is covered. Letter case does not matter;
     a region without a class is taken for tissue, since that is what people draw who add a
-    forgotten fragment; other classes are not looked at.
+    forgotten fragment; regions of other classes are passed over, and named in a warning.
     """
     covered = {}
     for wanted in (TISSUE, PEN, FOLD):
         names = {wanted.lower(), ""} if wanted == TISSUE else {wanted.lower()}
         shapes = (p for r in regions if r.class_name.lower() in names for p in r.polygons)
         covered[wanted] = coverage(shapes, frame) >= 0.5
+    known = {TISSUE.lower(), PEN.lower(), FOLD.lower(), ""}
+    others = sorted({r.class_name for r in regions if r.class_name.lower() not in known})
+    if others:
+        _log.warning(
+            "%s: not a class of a mask; passed over (known: Tissue, Pen, Fold)", ", ".join(others)
+        )
     return covered[TISSUE], covered[PEN], covered[FOLD]
