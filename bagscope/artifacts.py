@@ -290,13 +290,17 @@ def host_name() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this host exists."""
+    """Return whether a process of this host exists and has not ended."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
+    # A killed process keeps its id until its parent has taken notice, in containers often for long.
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        return state not in "ZX"
     return True
 
 

@@ -182,12 +182,13 @@ def check_slide_ids(slide_ids: Sequence[str]) -> None:
     for slide_id in slide_ids:
         if problem := portable_name_problem(slide_id):
             raise ConfigError(f"slide id {slide_id!r} {problem}; give it another id")
-        other = seen.setdefault(slide_id.casefold(), slide_id)
-        if other is not slide_id:
+        folded = slide_id.casefold()
+        if folded in seen:
             raise ConfigError(
-                f"slide ids {other!r} and {slide_id!r} are the same file name on some systems; "
-                "give one of them another id"
+                f"slide ids {seen[folded]!r} and {slide_id!r} are the same file name on some "
+                "systems; give one of them another id"
             )
+        seen[folded] = slide_id
 
 
 def _check_shard(index: int, count: int) -> None:

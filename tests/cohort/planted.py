@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -53,6 +54,10 @@ def behave(job: Job, folder: Path | None = None) -> StageResult:
         if not marker.exists():
             marker.touch()
             os.abort()
+    if action == "write-forever":
+        with artifacts.atomic_file(Path(arguments[0]) / f"{job.slide_id}.bin") as temporary:
+            temporary.write_bytes(b"half")
+            time.sleep(3600)
     if action == "spin":
         end = time.process_time() + arguments[0]
         while time.process_time() < end:
@@ -88,3 +93,30 @@ def swell(mib: int) -> None:
         held.append(bytearray(os.urandom(1024) * 8192))
         time.sleep(0.005)
     time.sleep(30)
+
+
+def make_file_slowly(job: Job, folder: Path) -> StageResult:
+    """Write a file artefact, so slowly that other processes get their share."""
+    result = make_file(job, folder)
+    if result.outcome == "done":
+        time.sleep(0.05)
+    return result
+
+
+def tell_memory(job: Job) -> StageResult:
+    """State the worker's own resident memory."""
+    import psutil
+
+    rss_mib = psutil.Process().memory_info().rss / 2**20
+    return StageResult(outcome="done", fingerprint="f", facts={"rss_mib": rss_mib})
+
+
+def write_limited(job: Job, folder: Path) -> StageResult:
+    """Write as many bytes as the payload says, where no file may pass 20,000."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    try:
+        artifacts.write_bytes(folder / f"{job.slide_id}.bin", b"x" * job.payload)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return StageResult(outcome="done", fingerprint="f")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing.process
 import multiprocessing.util
-import pickle
 import secrets
 import threading
 import time
@@ -136,7 +135,6 @@ class DaskExecutor:
 
     def _result(self, job: Job, future: Any) -> Finished:
         if future.status == "finished":
-            # The record may come from a worker that ended since, with the scheduler's restart.
             return Finished(**future.result())
         if future.status in ("cancelled", "lost"):
             if self._client.status != "running":
@@ -166,7 +164,9 @@ def _connect(address: str) -> Any:
             "--dask needs the packages dask and distributed; pip install 'bagscope[cluster]'"
         ) from error
     try:
-        return Client(address, timeout=_CONNECT_S, set_as_default=False)
+        return Client(  # type: ignore[no-untyped-call]
+            address, timeout=_CONNECT_S, set_as_default=False
+        )
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--dask {address!r}: no scheduler answers there ({error}); give its address, for "
@@ -214,16 +214,15 @@ def _take(stage: RemoteStage) -> LocalExecutor:
         if kept:
             executor = kept.pop()
         else:
-            with _allowed_children():
-                executor = LocalExecutor(
-                    stage.pickled_work,
-                    module=stage.module,
-                    workers=1,
-                    timeout_s=stage.timeout_s,
-                    memory_limit_mib=stage.memory_limit_mib,
-                    preload=stage.preload,
-                    allow_start=_allowed_children,
-                )
+            executor = LocalExecutor(
+                stage.pickled_work,
+                module=stage.module,
+                workers=1,
+                timeout_s=stage.timeout_s,
+                memory_limit_mib=stage.memory_limit_mib,
+                preload=stage.preload,
+                allow_start=_allowed_children,
+            )
         _busy.setdefault(stage.token, []).append(executor)
     return executor
 

@@ -22,7 +22,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
@@ -333,6 +333,7 @@ def _context(preload: Sequence[str]) -> BaseContext:
     context.set_forkserver_preload([name for name in preload if name != "__main__"])
     # Signals to the process group must not end the fork server, and with it the workers, before
     # this process has heard of them. What is blocked here stays so until a worker is ready.
+    resource_tracker.ensure_running()  # would unblock them again when it starts
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
