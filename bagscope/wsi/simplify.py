@@ -26,8 +26,6 @@ def simplify_rings(fragments: Sequence[Sequence[Ring]], tolerance: float) -> lis
         fragments: rings with whole-number coordinates that touch at points at most.
         tolerance: the farthest that a ring may stray, in the rings' own unit.
     """
-    import cv2
-
     exact = [ring for rings in fragments for ring in rings]
     owner = [f for f, rings in enumerate(fragments) for _ in rings]
     tolerances = np.full(len(exact), tolerance)
@@ -35,10 +33,7 @@ def simplify_rings(fragments: Sequence[Sequence[Ring]], tolerance: float) -> lis
     redo = set(range(len(exact)))
     while redo:
         for i in redo:
-            simple[i] = exact[i]
-            if tolerances[i] > 0:
-                points = cv2.approxPolyDP(exact[i].astype(np.float32), float(tolerances[i]), True)
-                simple[i] = points[:, 0].astype(np.float64)
+            simple[i] = _thinned(exact[i], tolerances[i]) if tolerances[i] > 0 else exact[i]
         faulty = {i for i in redo if _collapsed(simple[i], exact[i])}
         if not faulty:
             faulty = crossing_rings(simple, settled=tolerances == 0)
@@ -52,6 +47,33 @@ def simplify_rings(fragments: Sequence[Sequence[Ring]], tolerance: float) -> lis
     for i, ring in enumerate(simple):
         out[owner[i]].append(ring)
     return out
+
+
+def _thinned(ring: Ring, tolerance: float) -> Ring:
+    """Return the points of a ring that keep every other point within `tolerance` of an edge.
+
+    Distances are to edges and not to the lines through them, which lie nearer.
+    """
+    closed = np.concatenate([ring, ring[:1]])
+    far = int(np.argmax(((ring - ring[0]) ** 2).sum(axis=1)))
+    kept = np.zeros(len(closed), np.bool_)
+    kept[[0, far]] = True
+    chains = [(0, far), (far, len(ring))]
+    while chains:
+        first, last = chains.pop()
+        if last - first < 2:
+            continue
+        start, along = closed[first], closed[last] - closed[first]
+        offsets = closed[first + 1 : last] - start
+        length = float(along @ along)
+        share = np.clip(offsets @ along / length, 0, 1) if length else np.zeros(len(offsets))
+        apart = ((offsets - share[:, None] * along) ** 2).sum(axis=1)
+        worst = int(np.argmax(apart))
+        if apart[worst] > tolerance**2:
+            middle = first + 1 + worst
+            kept[middle] = True
+            chains += [(first, middle), (middle, last)]
+    return ring[kept[:-1]]
 
 
 def crossing_rings(rings: Sequence[Ring], *, settled: NDArray[np.bool_] | None = None) -> set[int]:
