@@ -8,7 +8,6 @@ import typer
 
 from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
-from bagscope.cohort.slurm import array_script
 from bagscope.pipeline.study import open_study
 from bagscope.pipeline.tile import tile_cohort
 
@@ -30,6 +29,8 @@ def run(
     """Run every stage that study.yaml describes; resumes where it stopped."""
     opened = open_study(study, {"run": {"workers": workers}})
     if slurm:
+        from bagscope.cohort.slurm import array_script
+
         typer.echo(
             array_script(study, shards=shards, workers=opened.spec.run.worker_count), nl=False
         )

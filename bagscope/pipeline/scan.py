@@ -19,6 +19,7 @@ from bagscope.cohort.status import read_statuses
 from bagscope.cohort.table import Cohort
 from bagscope.pipeline.study import RunSpec
 from bagscope.pipeline.tile import run_options
+from bagscope.wsi.opening import require_backend
 from bagscope.wsi.tiling import TilingSpec
 
 STAGE = "scan"
@@ -113,6 +114,7 @@ def scan_cohort(
         feature_dim: numbers per tile that an encoder will give, for the disk estimate.
         backend: read with this one and not the one chosen automatically.
     """
+    require_backend(backend)
     jobs = [
         Job(
             slide_id=row.slide_id,

@@ -24,11 +24,17 @@ COHORT_NAME = "cohort.csv"
 class RunSpec(Spec):
     """How a cohort is worked through. Nothing here changes a result."""
 
-    workers: int | None = Field(default=None, ge=1, description="worker processes; one per core if not set")
-    timeout_minutes: float = Field(default=30.0, gt=0, description="longest that one slide may take")
-    memory_limit_gib: float = Field(default=8.0, gt=0, description="most that one worker may grow to")
+    workers: int | None = Field(
+        default=None, ge=1, description="worker processes; one per core if not set"
+    )
+    timeout_minutes: float = Field(
+        default=30.0, gt=0, description="longest that one slide may take"
+    )
+    memory_limit_gib: float = Field(
+        default=8.0, gt=0, description="most that one worker may grow to"
+    )
     stale_claim_minutes: float = Field(
-       default= default=5.0, gt=0, description="silence after which another host's claim is taken over"
+        default=5.0, gt=0, description="silence after which another host's claim is taken over"
     )
 
     @property
@@ -41,7 +47,7 @@ class StudySpec(Spec):
     """The content of study.yaml."""
 
     cohort: str = Field(
-       default= default=COHORT_NAME, description="the cohort table, relative to the study folder"
+        default=COHORT_NAME, description="the cohort table, relative to the study folder"
     )
     labels: str | None = Field(default=None, description="clinical table to join by patient_id")
     tiling: TilingSpec = TilingSpec()
@@ -138,21 +144,19 @@ def init_study(folder: Path, source: str, *, labels: Path | None = None) -> tupl
 
 
 def _template() -> str:
-    """Return a study.yaml with every option at its default, each explained."""
-    lines = [f"cohort: {COHORT_NAME}", ""]
+    """Return a study.yaml that states every option, its default and its meaning."""
+    lines = [f"cohort: {COHORT_NAME}"]
     for section, kind in (("tiling", TilingSpec), ("run", RunSpec)):
-        lines.append(f"{section}:")
+        lines += ["", f"{section}:"]
         for name, field in kind.model_fields.items():
-            default = field.get_default()
-            if isinstance(default, Spec):
-                continue
-            value = list(default) if isinstance(default, tuple) else default
-            text = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-            lines.append(f"  # {name}: {text:<8} {field.description}")
-        lines[-1] += "\n"
-    # An all-commented block would read as null; an explicit empty one can be filled in.
-    body = "\n".join(lines)
-    return body.replace("tiling:\n", "tiling: {}\n").replace("run:\n", "run: {}\n")
+            value = field.get_default()
+            if isinstance(value, Spec):
+                value = value.model_dump(mode="json")
+            elif isinstance(value, tuple):
+                value = list(value)
+            text = yaml.safe_dump(value, default_flow_style=True, width=200).splitlines()[0]
+            lines.append(f"  {f'{name}: {text}':<28}  # {field.description}")
+    return "\n".join(lines) + "\n"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from bagscope.errors import ConfigError
 from bagscope.pipeline.study import RunSpec, Study
 from bagscope.wsi import contact_sheet
 from bagscope.wsi.contact_sheet import SheetEntry
+from bagscope.wsi.opening import require_backend
 from bagscope.wsi.tiling import NUMERICS, TilingSpec, tiling_name
 
 STAGE = "tile"
@@ -92,6 +93,7 @@ def tile_cohort(
     spec = study.spec.tiling
     name = tiling_name(spec)
     annotations = annotations or Annotations()
+    require_backend(backend)
     _require_existing(annotations.roi, "--roi")
     _require_existing(annotations.masks, "--masks")
     jobs = [
@@ -107,7 +109,13 @@ def tile_cohort(
         tile_one,
         stage=f"{STAGE}/{name}",
         status_dir=study.status_folder,
-        options=run_options(study.spec.run, shard, executor, preload=(WORKER_MODULE,)),
+        options=run_options(
+            study.spec.run,
+            shard,
+            executor,
+            preload=(WORKER_MODULE,),
+            sweep=_folders_written(study, spec, export),
+        ),
         report=report,
     )
     write_sheet(study, [row.slide_id for row in cohort.rows])
@@ -122,7 +130,12 @@ def tile_one(job: Job) -> StageResult:
 
 
 def run_options(
-    run: RunSpec, shard: tuple[int, int] | None, executor: str, *, preload: tuple[str, ...]
+    run: RunSpec,
+    shard: tuple[int, int] | None,
+    executor: str,
+    *,
+    preload: tuple[str, ...],
+    sweep: tuple[Path, ...] = (),
 ) -> RunOptions:
     """Return the runner's options for a study's settings."""
     return RunOptions(
@@ -133,7 +146,13 @@ def run_options(
         shard=shard,
         executor=executor,
         preload=preload,
+        sweep=sweep,
     )
+
+
+def _folders_written(study: Study, spec: TilingSpec, export: Export | None) -> tuple[Path, ...]:
+    folders = [study.tiling_folder(tiling_name(spec, m)) for m in (spec.mpp, *spec.coarser_mpp)]
+    return (*folders, folders[0] / "masks", *((export.folder,) if export else ()))
 
 
 def _task(

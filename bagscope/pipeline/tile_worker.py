@@ -278,7 +278,7 @@ def _summary(tiled: TiledSlide) -> dict[str, Json]:
         "dropped": dropped,
         "tissue_fraction": round(tissue_px / masks.tissue.size, 5),
         "pen_fraction": round(float(masks.pen.mean()), 5),
-        "fold_fraction": round(np.count_nonzero(masks.fold) / max(1, tissue_px), 5),
+        "fold_fraction": round(int(np.count_nonzero(masks.fold)) / max(1, tissue_px), 5),
         "blurred_fraction": round(dropped.get("blurred", 0) / max(1, judged), 5),
         "fragments": _fragments(masks.tissue),
         "mpp_l0": tiles.spacing.mpp,

@@ -60,14 +60,23 @@ def open_slide(
     """
     path = Path(path)
     head = _head(path)
-    if backend is not None and backend not in get_args(BackendName):
-        raise ConfigError(f"no backend {backend!r}; there are {', '.join(get_args(BackendName))}")
+    require_backend(backend)
     names: Sequence[str] = [backend] if backend is not None else _candidates(path, head)
     if scene and names[0] != "ome":
         raise ConfigError(f"{path.name}: scene {scene} asked for, but the file holds one image")
     if path.is_dir() and names[0] != "ome":
         path = _first_dicom(path)
     return _open_first(path, names, mpp, allow_estimated_mpp, scene or 0)
+
+
+def require_backend(name: str | None) -> None:
+    """Refuse a backend's name that is not one; None, the automatic choice, is fine.
+
+    Raises:
+        ConfigError: lists the names.
+    """
+    if name is not None and name not in get_args(BackendName):
+        raise ConfigError(f"no backend {name!r}; there are {', '.join(get_args(BackendName))}")
 
 
 def stored_faults_l0(slide: Slide) -> list[RectL0]:

@@ -25,7 +25,7 @@ class RoiSpec(Spec):
     """
 
     include: tuple[str, ...] | None = Field(
-       default= default=None,
+        default=None,
         min_length=1,
         description="annotation classes to tile inside of; all when not given",
     )
@@ -39,30 +39,36 @@ class TilingSpec(Spec):
     tile_px: int = Field(default=256, ge=16, le=8192, description="tile edge in pixels")
     overlap_px: int = Field(default=0, ge=0, description="pixels that neighbouring tiles share")
     coarser_mpp: tuple[Mpp, ...] = Field(
-       default= default=(),
+        default=(),
         description="further resolutions, whole multiples of mpp, tiled in alignment with it",
     )
     min_tissue: Fraction = Field(default=0.25, description="least tissue fraction of a tile")
     max_pen: Fraction = Field(default=0.05, description="most of a tile that may be pen ink")
     max_fold: Fraction = Field(default=0.5, description="most of a tile that may be a dark fold")
-    min_sharpness: Fraction = Field(default=0.15, description="least sharpness; 0 keeps blurred tiles")
+    min_sharpness: Fraction = Field(
+        default=0.15, description="least sharpness; 0 keeps blurred tiles"
+    )
     max_unreadable: Fraction = Field(
-       default= default=0.01, description="share of tiles that may be unreadable before the slide fails"
+        default=0.01, description="share of tiles that may be unreadable before the slide fails"
     )
     max_tiles: int | None = Field(
-       default= default=None, ge=1, description="keep at most so many tiles, spread over the tissue"
+        default=None, ge=1, description="keep at most so many tiles, spread over the tissue"
     )
     seed: int = Field(default=0, ge=0, description="of the choice that max_tiles makes")
     downscale: str = Field(
-       default= default="area",
+        default="area",
         pattern="^(area|dct)$",
         description="how coarser pixels are made: area or dct",
     )
-    allow_upsampling: bool = Field(default=False, description="enlarge slides scanned coarser than mpp")
+    allow_upsampling: bool = Field(
+        default=False, description="enlarge slides scanned coarser than mpp"
+    )
     allow_estimated_mpp: bool = Field(
         default=False, description="infer the pixel size from the objective where nothing states it"
     )
-    roi: RoiSpec = RoiSpec()
+    roi: RoiSpec = Field(
+        default=RoiSpec(), description="annotation classes to tile inside of and to keep away from"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

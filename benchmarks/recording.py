@@ -1,0 +1,114 @@
+"""What every benchmark does with its numbers: a table to look at, rows to keep.
+
+`results.csv` grows by one line per number; `<benchmark>.md` holds the latest table. The machine
+is described by its processor and nothing that names it.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.csv"
+COLUMNS = (
+    "benchmark", "case", "value", "unit", "target", "device", "versions", "commit", "date",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number; a target where the project set one."""
+
+    case: str
+    value: float
+    unit: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def target(self) -> str:
+        """Return the target in words, empty where none was set."""
+        if self.at_least is not None:
+            return f"≥ {self.at_least:g}"
+        return f"≤ {self.at_most:g}" if self.at_most is not None else ""
+
+    @property
+    def verdict(self) -> str:
+        """Return whether the target is met."""
+        if self.at_least is not None:
+            return "met" if self.value >= self.at_least else "missed"
+        if self.at_most is not None:
+            return "met" if self.value <= self.at_most else "missed"
+        return ""
+
+    @property
+    def shown(self) -> str:
+        """Return the value as people read it."""
+        return f"{self.value:,.0f}" if abs(self.value) >= 100 else f"{self.value:.3g}"
+
+
+def show(rows: Sequence[Row]) -> None:
+    width = max(len(row.case) for row in rows)
+    for row in rows:
+        target = f"  ({row.target}: {row.verdict})" if row.target else ""
+        print(f"{row.case:<{width}}  {row.shown:>8} {row.unit}{target}")
+
+
+def record(benchmark: str, rows: Sequence[Row], *, packages: Sequence[str]) -> None:
+    """Append the rows to results.csv and rewrite the benchmark's table."""
+    versions = "; ".join(
+        [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+    )
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    known = (device(), versions, commit(), date)
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        if is_new:
+            writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow((benchmark, row.case, f"{row.value:.6g}", row.unit, row.target, *known))
+    lines = [
+        f"# {benchmark}",
+        "",
+        f"`python benchmarks/bench_{benchmark}.py --record`, {date}, commit {known[2]}.",
+        f"{known[0]}; {versions}.",
+        "",
+        "| case | value | unit | target | |",
+        "|---|---:|---|---|---|",
+        *(f"| {r.case} | {r.shown} | {r.unit} | {r.target} | {r.verdict} |" for r in rows),
+        "",
+    ]
+    (HERE / f"{benchmark}.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def device() -> str:
+    """Return the processor's model and the number of cores this process may use."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores"
+
+
+def commit() -> str:
+    run = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.stdout.strip() or "unknown"
