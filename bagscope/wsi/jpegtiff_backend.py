@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -18,9 +19,9 @@ from bagscope.wsi.geometry import ReadPlan
 from bagscope.wsi.jpeg_stream import chroma_subsampling, complete_stream, decode_rgb
 from bagscope.wsi.openslide_backend import OpenSlideSlide
 from bagscope.wsi.reading import (
+    Crew,
     Problems,
     corners_lv,
-    in_threads,
     prepare_batch,
     require_level,
     resize_into,
@@ -31,12 +32,10 @@ from bagscope.wsi.tiff_directory import read_structure
 from bagscope.wsi.tile_assembly import Pieces, TileGrid, assemble, plan_requests
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
-_DCT_FACTORS = (2, 4, 8)
+_DCT_MOST = 8
 _DCT_SUBSAMPLINGS = ("444", "420", "Gray")
 """Where DCT-scaled decoding stays 40 dB or more from the area mean; 4:2:2 does not."""
 
@@ -66,8 +65,7 @@ class JpegTiffSlide:
             raise
         self._file_bytes = os.fstat(self._descriptor).st_size
         self._subsampling: dict[int, str] = {}
-        self._at_hand: tuple[tuple[int, int, bool], dict[int, NDArray[np.uint8] | None]] | None
-        self._at_hand = None
+        self._at_hand: tuple[_Kind, dict[int, NDArray[np.uint8] | None]] | None = None
 
     # --- the protocol -----------------------------------------------------------------------
 
@@ -80,6 +78,7 @@ class JpegTiffSlide:
         require_level(self.info, level, width_px, height_px)
         stored = self._levels[level]
         out = np.empty((height_px, width_px, 3), np.uint8)
+        tile = np.empty((stored.tile_height_px, stored.tile_width_px, 3), np.uint8)
         tile_width, tile_height = stored.tile_width_px, stored.tile_height_px
         columns = range(
             max(0, x_lv // tile_width), min(stored.across, -(-(x_lv + width_px) // tile_width))
@@ -100,7 +99,7 @@ class JpegTiffSlide:
             for column in columns:
                 left = column * tile_width - x_lv
                 x0, x1 = max(left, 0), min(left + tile_width, width_px)
-                pixels = self._stored_tile(level, row * stored.across + column)
+                pixels = self._stored_tile(level, row * stored.across + column, tile)
                 if pixels is None:
                     out[y0:y1, x0:x1] = self.info.background
                 else:
@@ -121,31 +120,33 @@ class JpegTiffSlide:
 
         images, readable = prepare_batch(len(corners_l0), plan, out)
         problems = Problems()
-        if len(corners_l0) == 0:
-            return TileBatch(images=images, readable=readable)
         batch = _Batch(corners_l0, images, readable, problems, self.info.background)
         positions = corners_lv(corners_l0, plan)
         stored = self._levels[plan.level]
         factor = plan.region_px // plan.tile_px
         whole = factor >= 1 and factor * plan.tile_px == plan.region_px
         whole = whole and stored.tile_width_px % factor == stored.tile_height_px % factor == 0
-        if whole and factor == 1 and self._read_direct(positions, plan, batch, threads):
-            return TileBatch(images=images, readable=readable, problems=problems.sentences())
-        # Whether a tile is reduced before or after assembly must depend on that tile alone:
-        # what it is read together with never changes its pixels.
-        on_grid = (positions % factor == 0).all(axis=1) if whole else np.zeros(len(positions), bool)
         dct = (
             downscale == "dct"
+            and whole
             and factor >= 2
             and factor & (factor - 1) == 0
             and self._chroma(plan.level) in _DCT_SUBSAMPLINGS
         )
-        for chosen, reduce in ((on_grid, factor), (~on_grid, 1)):
-            rows = np.flatnonzero(chosen)
-            if rows.size:
-                self._read_assembled(
-                    positions[rows], rows, plan, batch, threads, reduce=reduce, dct=dct
-                )
+        # Whether a tile is reduced before or after assembly must depend on that tile alone:
+        # what it is read together with never changes its pixels.
+        on_grid = (positions % factor == 0).all(axis=1) if whole else np.zeros(len(positions), bool)
+        with Crew(threads) as crew:
+            for chosen, reduce in ((on_grid, factor), (~on_grid, 1)):
+                rows = np.flatnonzero(chosen)
+                if rows.size == 0:
+                    continue
+                kind = _Kind(plan.level, reduce, dct and reduce > 1)
+                numbers = self._whole_tiles(positions[rows], plan, reduce)
+                if numbers is not None:
+                    self._read_whole(numbers.tolist(), rows.tolist(), plan, kind, batch, crew)
+                else:
+                    self._read_assembled(positions[rows], rows, plan, kind, batch, crew)
         return TileBatch(images=images, readable=readable, problems=problems.sentences())
 
     def read_associated(self, name: str) -> NDArray[np.uint8]:
@@ -195,49 +196,72 @@ class JpegTiffSlide:
 
     # --- tiles ------------------------------------------------------------------------------
 
-    def _read_direct(
-        self, positions: NDArray[np.int64], plan: ReadPlan, batch: _Batch, threads: int
-    ) -> bool:
-        """Decode straight into the batch where every tile is one stored tile; else say no."""
+    def _whole_tiles(
+        self, positions: NDArray[np.int64], plan: ReadPlan, reduce: int
+    ) -> NDArray[np.int64] | None:
+        """Return the numbers (N, rows, columns) of the stored tiles that each tile is made of.
+
+        None where some tile is made of parts, or a stored tile belongs to two of them.
+        """
+        import numpy as np
+
         stored = self._levels[plan.level]
-        tile_px = plan.tile_px
-        if not (stored.tile_width_px == stored.tile_height_px == tile_px):
-            return False
-        columns, rows = positions[:, 0] // tile_px, positions[:, 1] // tile_px
-        aligned = (positions % tile_px == 0).all()
-        inside = (
-            (columns >= 0) & (columns < stored.across) & (rows >= 0) & (rows < stored.down)
-        ).all()
-        if not (aligned and inside):
-            return False
-        numbers = (rows * stored.across + columns).tolist()
+        size = np.array([stored.tile_width_px, stored.tile_height_px])
+        if plan.region_px != plan.tile_px * reduce or (plan.region_px % size).any():
+            return None
+        first, span = positions // size, plan.region_px // size
+        grid = np.array([stored.across, stored.down])
+        if (positions % size).any() or (first < 0).any() or (first + span > grid).any():
+            return None
+        columns = first[:, 0, None] + np.arange(span[0])
+        tile_rows = first[:, 1, None] + np.arange(span[1])
+        numbers: NDArray[np.int64] = tile_rows[:, :, None] * stored.across + columns[:, None, :]
+        return numbers if np.unique(numbers).size == numbers.size else None
 
-        def work(share: Sequence[int]) -> None:
-            for row in share:
-                try:
-                    if self._stored_tile(plan.level, numbers[row], out=batch.images[row]) is None:
-                        batch.images[row] = self.info.background
-                except ReadError as error:
-                    batch.fail(row, error)
+    def _read_whole(
+        self,
+        numbers: list[list[list[int]]],
+        rows: list[int],
+        plan: ReadPlan,
+        kind: _Kind,
+        batch: _Batch,
+        crew: Crew,
+    ) -> None:
+        """Decode, and reduce, straight into the batch: every stored tile has one place in it."""
+        stored = self._levels[plan.level]
+        height_px = stored.tile_height_px // kind.reduce
+        width_px = stored.tile_width_px // kind.reduce
+        scratch = threading.local()
 
-        in_threads(threads, range(len(numbers)), work)
-        return True
+        def read_one(i: int) -> None:
+            image = batch.images[rows[i]]
+            try:
+                for y, numbers_of_row in enumerate(numbers[i]):
+                    for x, number in enumerate(numbers_of_row):
+                        part = image[
+                            y * height_px : (y + 1) * height_px, x * width_px : (x + 1) * width_px
+                        ]
+                        if self._prepared_tile(number, kind, scratch, part) is None:
+                            part[...] = self.info.background
+            except ReadError as error:
+                batch.fail(rows[i], error)
+
+        crew.run(range(len(rows)), read_one)
 
     def _read_assembled(
         self,
         positions: NDArray[np.int64],
         rows: NDArray[np.int64],
         plan: ReadPlan,
+        kind: _Kind,
         batch: _Batch,
-        threads: int,
-        *,
-        reduce: int,
-        dct: bool,
+        crew: Crew,
     ) -> None:
-        """Put tiles together from stored ones, these reduced by `reduce` beforehand."""
+        """Put tiles together from parts of stored ones, these reduced beforehand."""
         import numpy as np
 
         stored = self._levels[plan.level]
+        reduce = kind.reduce
         grid = TileGrid(
             tile_width_gr=stored.tile_width_px // reduce,
             tile_height_gr=stored.tile_height_px // reduce,
@@ -245,13 +269,16 @@ class JpegTiffSlide:
             down=stored.down,
         )
         edge_gr = plan.region_px // reduce
-        requests = plan_requests(positions // reduce, rows, edge_gr, grid)
         resampled = edge_gr != plan.tile_px
         scratch = threading.local()
 
-        def prepare(number: int) -> NDArray[np.uint8] | ReadError | None:
+        def prepare(
+            number: int, buffer: NDArray[np.uint8] | None
+        ) -> NDArray[np.uint8] | ReadError | None:
+            if buffer is None:
+                buffer = np.empty((grid.tile_height_gr, grid.tile_width_gr, 3), np.uint8)
             try:
-                return self._prepared_tile(plan.level, number, reduce, dct, scratch)
+                return self._prepared_tile(number, kind, scratch, buffer)
             except ReadError as error:
                 return error
 
@@ -268,63 +295,47 @@ class JpegTiffSlide:
             except ReadError as error:
                 batch.fail(row, error)
 
-        kind = (plan.level, reduce, dct and reduce > 1)
         kept = self._at_hand
-        left = assemble(
-            requests,
-            grid,
-            prepare=prepare,
-            deliver=deliver,
-            at_hand=kept[1] if kept is not None and kept[0] == kind else {},
-            threads=threads,
-        )
+        at_hand = kept[1] if kept is not None and kept[0] == kind else {}
+        for requests in plan_requests(positions // reduce, rows, edge_gr, grid):
+            at_hand = assemble(
+                requests, grid, prepare=prepare, deliver=deliver, at_hand=at_hand, crew=crew
+            )
         # One assignment, so that threads which read at the same time need no lock.
-        self._at_hand = (kind, left)
+        self._at_hand = (kind, at_hand)
 
     def _prepared_tile(
-        self, level: int, number: int, reduce: int, dct: bool, scratch: threading.local
+        self, number: int, kind: _Kind, scratch: threading.local, out: NDArray[np.uint8]
     ) -> NDArray[np.uint8] | None:
-        """Return a stored tile reduced by a whole number, or None where it is missing."""
+        """Fill `out` with a stored tile reduced by a whole number; None where it is missing."""
         import numpy as np
 
-        if reduce == 1:
-            return self._stored_tile(level, number)
+        level, reduce = kind.level, kind.reduce
+        if reduce == 1 and out.flags.c_contiguous:
+            return self._stored_tile(level, number, out)
         stored = self._levels[level]
-        decoded_at = min(reduce, _DCT_FACTORS[-1]) if dct and number not in stored.redrawn else 1
-        if dct and self._overhangs(level, number):
-            # Background is laid around the image before it is reduced, which takes all pixels.
-            decoded_at = 1
+        # Background around the image, and what OpenSlide redraws, is there at full size only.
+        plain = number not in stored.redrawn and not self._overhangs(level, number)
+        decoded_at = min(reduce, _DCT_MOST) if kind.dct and plain else 1
         shape = (stored.tile_height_px // decoded_at, stored.tile_width_px // decoded_at, 3)
         full = getattr(scratch, "full", None)
         if full is None or full.shape != shape:
             full = scratch.full = np.empty(shape, np.uint8)
-        pixels = self._stored_tile(level, number, out=full, decoded_at=decoded_at)
+        pixels = self._stored_tile(level, number, full, decoded_at=decoded_at)
         if pixels is None:
             return None
-        small = np.empty(
-            (stored.tile_height_px // reduce, stored.tile_width_px // reduce, 3), np.uint8
-        )
-        resize_into(pixels, small)
-        return small
+        resize_into(pixels, out)
+        return out
 
     def _stored_tile(
-        self,
-        level: int,
-        number: int,
-        *,
-        out: NDArray[np.uint8] | None = None,
-        decoded_at: int = 1,
+        self, level: int, number: int, out: NDArray[np.uint8], *, decoded_at: int = 1
     ) -> NDArray[np.uint8] | None:
-        """Decode one stored tile, background beyond the level's edge; None where it is missing.
+        """Fill `out` with one stored tile, background beyond the level's edge; None if missing.
 
         Raises:
             ReadError: it lies beyond the end of the file, or does not decode.
         """
-        import numpy as np
-
         stored = self._levels[level]
-        if out is None:
-            out = np.empty((stored.tile_height_px, stored.tile_width_px, 3), np.uint8)
         if number in stored.redrawn:
             if level == 0:
                 return None
@@ -391,6 +402,15 @@ class JpegTiffSlide:
                     continue
             self._subsampling[level] = found
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Of which level stored tiles are, by how much they are reduced, and whether by a DCT."""
+
+    level: int
+    reduce: int
+    dct: bool
 
 
 class _Batch:

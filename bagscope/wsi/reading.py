@@ -8,10 +8,10 @@ its final size is never resampled.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from bagscope.errors import ReadError
 from bagscope.wsi.geometry import ReadPlan, choose_level, corner_lv
@@ -74,22 +74,47 @@ def prepare_batch(
     return out, np.ones(count, bool)
 
 
-def in_threads(
-    threads: int, items: Sequence[_Item], work: Callable[[Sequence[_Item]], None]
-) -> None:
-    """Call `work` on contiguous shares of `items`, one per thread; one share runs right here."""
-    shares = min(threads, len(items))
-    if shares <= 1:
-        work(items)
-        return
-    bounds = [len(items) * i // shares for i in range(shares + 1)]
-    with ThreadPoolExecutor(shares - 1) as pool:
-        others = [
-            pool.submit(work, items[start:end]) for start, end in itertools.pairwise(bounds[1:])
-        ]
-        work(items[: bounds[1]])
+class Crew:
+    """Threads that work off one list of items after the other; the caller's is one of them.
+
+    Items are handed out one by one, so that nobody idles while another has a long row of slow
+    ones; whether there is one thread or eight, `work` sees every item once.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = max(1, threads)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, items: Iterable[_Item], work: Callable[[_Item], None]) -> None:
+        """Call `work` with every item; return when all are done."""
+        remaining = iter(items)
+
+        def work_off() -> None:
+            for item in remaining:
+                work(item)
+
+        if self._pool is None and self.threads > 1:
+            self._pool = ThreadPoolExecutor(self.threads - 1)
+        others = []
+        if self._pool is not None:
+            # An iterator over a list is advanced atomically, so it may be shared as it is.
+            remaining = iter(list(remaining))
+            others = [self._pool.submit(work_off) for _ in range(self.threads - 1)]
+        work_off()
         for other in others:
             other.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 class Problems:
@@ -127,18 +152,18 @@ def read_tiles_by_region(
     positions = corners_lv(corners_l0, plan).tolist()
     problems = Problems()
 
-    def work(rows: Sequence[int]) -> None:
-        for row in rows:
-            x_lv, y_lv = positions[row]
-            try:
-                region = slide.read_level(plan.level, x_lv, y_lv, plan.region_px, plan.region_px)
-                resize_into(region, images[row])
-            except ReadError as error:
-                readable[row] = False
-                images[row] = slide.info.background
-                problems.add(str(error), row, int(corners_l0[row, 0]), int(corners_l0[row, 1]))
+    def read_one(row: int) -> None:
+        x_lv, y_lv = positions[row]
+        try:
+            region = slide.read_level(plan.level, x_lv, y_lv, plan.region_px, plan.region_px)
+            resize_into(region, images[row])
+        except ReadError as error:
+            readable[row] = False
+            images[row] = slide.info.background
+            problems.add(str(error), row, int(corners_l0[row, 0]), int(corners_l0[row, 1]))
 
-    in_threads(threads, range(len(corners_l0)), work)
+    with Crew(threads) as crew:
+        crew.run(range(len(corners_l0)), read_one)
     return TileBatch(images=images, readable=readable, problems=problems.sentences())
 
 

@@ -1,34 +1,37 @@
 """Cutting requested tiles out of stored ones, each stored tile prepared once.
 
 A request is a square of the level, or of the level reduced by a whole number; it is put together
-from the stored tiles that it touches. Requests are worked off in waves: the stored tiles that a
-wave needs and that are not at hand are prepared, all threads at once, then its requests are
-assembled, all threads at once. No thread ever waits for another's dictionary, nothing is prepared
-twice, and a prepared tile is let go after its last use, or when the budget is spent.
+from the stored tiles that it touches. Requests are worked off in waves: in each, all threads
+together deliver the requests of the wave before and prepare the stored tiles of this one. Nobody
+waits for another's dictionary, nothing is prepared twice, and a prepared tile's memory goes to
+another one after its last use.
 
 Frames: `_gr` pixels of the grid, that is of the level after its whole-number reduction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bagscope.errors import ReadError
-from bagscope.wsi.reading import in_threads
+from bagscope.wsi.reading import Crew
+from bagscope.wsi.slide import Rgb
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BUDGET_BYTES = 128 << 20
-"""What prepared tiles may weigh while a batch is read."""
+"""What prepared tiles may weigh while a batch is read, unless one request alone needs more."""
 KEEP_BYTES = 64 << 20
 """What prepared tiles may weigh between two batches."""
-_WAVE_TILES = 24
-"""Stored tiles per wave and thread: few enough to be in the cache when they are assembled."""
+_WAVE_TILES = 8
+_WAVE_TILES_PER_THREAD = 32
+"""Stored tiles per wave: few, so that they are still in the processor's cache when they are cut;
+with several threads more, since at the end of each wave they wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,14 @@ class TileGrid:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Squares of the grid, in the order in which they are best worked off.
+    """Squares of the grid, in the order in which they are worked off.
 
     Attributes:
-        rows: (N,) of the batch, which request is which.
-        x_gr, y_gr: (N,) top-left corners.
-        columns, tile_rows: (N, 2) first and one-past-last stored tile touched, inside the grid.
+        rows: of the batch, which request is which.
+        x_gr: left edges.
+        y_gr: top edges.
+        columns: first and one-past-last column of stored tiles touched, inside the grid.
+        tile_rows: first and one-past-last row of stored tiles touched.
         edge_gr: the squares' edge.
     """
 
@@ -72,17 +77,20 @@ class Requests:
 
 def plan_requests(
     corners_gr: NDArray[np.int64], rows: NDArray[np.int64], edge_gr: int, grid: TileGrid
-) -> Requests:
+) -> list[Requests]:
     """Order squares so that few prepared tiles are wanted at a time.
 
-    They go row by row; where a whole row of the level would not fit the budget, in vertical
-    stripes that do.
+    They go row by row; where the stored tiles under a whole row of squares would not fit the
+    budget, the level is worked off in vertical stripes under which they do.
 
     Args:
         corners_gr: (N, 2) as (x, y).
         rows: (N,) row of each square in the batch.
         edge_gr: edge of a square.
         grid: the stored tiles.
+
+    Returns:
+        One entry per stripe that holds squares.
     """
     x_gr, y_gr = corners_gr[:, 0], corners_gr[:, 1]
     width, height = grid.tile_width_gr, grid.tile_height_gr
@@ -92,89 +100,107 @@ def plan_requests(
     tile_rows = np.clip(
         np.stack([y_gr // height, -(-(y_gr + edge_gr) // height)], axis=1), 0, grid.down
     )
-    tall = -(-edge_gr // height) + 1
-    stripe = max(1, BUDGET_BYTES // (2 * tall * grid.tile_bytes))
-    order = np.lexsort((x_gr, y_gr, columns[:, 0] // stripe))
-    return Requests(
-        rows=rows[order].tolist(),
-        x_gr=x_gr[order].tolist(),
-        y_gr=y_gr[order].tolist(),
-        columns=columns[order].tolist(),
-        tile_rows=tile_rows[order].tolist(),
-        edge_gr=edge_gr,
-    )
+    tall, wide = -(-edge_gr // height) + 1, -(-edge_gr // width) + 1
+    stripe_columns = max(1, BUDGET_BYTES // (tall * grid.tile_bytes) - wide)
+    stripes = columns[:, 0] // stripe_columns
+    order = np.lexsort((x_gr, y_gr, stripes))
+    cuts = np.flatnonzero(np.diff(stripes[order])) + 1
+    return [
+        Requests(
+            rows=rows[part].tolist(),
+            x_gr=x_gr[part].tolist(),
+            y_gr=y_gr[part].tolist(),
+            columns=columns[part].tolist(),
+            tile_rows=tile_rows[part].tolist(),
+            edge_gr=edge_gr,
+        )
+        for part in np.split(order, cuts)
+    ]
 
 
 def assemble(
     requests: Requests,
     grid: TileGrid,
     *,
-    prepare: Callable[[int], NDArray[np.uint8] | ReadError | None],
+    prepare: Callable[[int, NDArray[np.uint8] | None], NDArray[np.uint8] | ReadError | None],
     deliver: Callable[[int, Pieces], None],
     at_hand: Mapping[int, NDArray[np.uint8] | None],
-    threads: int,
+    crew: Crew,
 ) -> dict[int, NDArray[np.uint8] | None]:
     """Prepare every stored tile that is needed once, and deliver every request.
 
     Args:
-        requests: what is wanted, in the order of `plan_requests`.
+        requests: one entry of what `plan_requests` returned.
         grid: the stored tiles.
-        prepare: returns a stored tile's pixels by its number, or why there are none, or None
-            where it is missing and shows background; called by any thread.
-        deliver: called by any thread with a row of the batch and its pieces.
+        prepare: is given a stored tile's number and, where there is one, an array of the right
+            shape to fill; returns its pixels, or why there are none, or None where it is missing
+            and shows background; called by any thread.
+        deliver: is given a row of the batch and its pieces; called by any thread.
         at_hand: tiles that an earlier batch left; not changed.
-        threads: how many may work.
+        crew: the threads.
 
     Returns:
         The prepared tiles that the next batch in raster order will want.
     """
     count = len(requests.rows)
-    prepared: dict[int, NDArray[np.uint8] | ReadError | None] = dict(at_hand)
-    budget_tiles = max(BUDGET_BYTES // grid.tile_bytes, 1)
-    last_use: dict[int, int] = {}
-    for i in range(count):
-        for number in requests.numbers(i, grid):
-            last_use[number] = i
-    expiring: list[list[int]] = [[] for _ in range(count)]
-    for number, i in last_use.items():
-        expiring[i].append(number)
+    touched = [requests.numbers(i, grid) for i in range(count)]
+    last_use = {number: i for i, numbers in enumerate(touched) for number in numbers}
+    prepared: dict[int, NDArray[np.uint8] | ReadError | None] = {
+        number: at_hand[number] for number in last_use.keys() & at_hand.keys()
+    }
+    kept: dict[int, NDArray[np.uint8] | None] = {}
+    idle: list[NDArray[np.uint8]] = []
+    buffers: dict[int, NDArray[np.uint8]] = {}
+    wave_tiles = _WAVE_TILES if crew.threads == 1 else _WAVE_TILES_PER_THREAD * crew.threads
 
-    def prepare_share(numbers: Sequence[int]) -> None:
-        for number in numbers:
-            prepared[number] = prepare(number)
+    def work(item: tuple[bool, int]) -> None:
+        is_request, index = item
+        if is_request:
+            deliver(requests.rows[index], Pieces(requests, index, grid, prepared))
+        else:
+            prepared[index] = prepare(index, buffers.pop(index, None))
 
-    def deliver_share(indices: Sequence[int]) -> None:
-        for i in indices:
-            pieces = Pieces(requests, i, grid, prepared)
-            deliver(requests.rows[i], pieces)
-
-    wave_tiles = _WAVE_TILES * threads
-    lingering: list[int] = []
+    pending = range(0)
     start = 0
-    while start < count:
+    while start < count or pending:
         wanted: dict[int, None] = {}
         end = start
-        while end < count and (end == start or len(wanted) < wave_tiles):
-            for number in requests.numbers(end, grid):
-                if number not in prepared:
-                    wanted[number] = None
+        while end < count and len(wanted) < wave_tiles:
+            wanted.update((number, None) for number in touched[end] if number not in prepared)
             end += 1
-        in_threads(threads, list(wanted), prepare_share)
-        in_threads(threads, range(start, end), deliver_share)
-        for i in range(start, end):
-            lingering += expiring[i]
-        # A tile past its last use may still serve the next batch: it goes when room is needed.
-        excess = len(prepared) - budget_tiles
-        if excess > 0:
-            for number in lingering[:excess]:
-                prepared.pop(number, None)
-            del lingering[:excess]
-        start = end
-    return _worth_keeping(requests, grid, prepared)
+        for number in wanted:
+            if not idle:
+                break
+            buffers[number] = idle.pop()
+        crew.run([(True, i) for i in pending] + [(False, number) for number in wanted], work)
+        for i in pending:
+            for number in touched[i]:
+                if last_use[number] != i:
+                    continue
+                pixels = prepared.pop(number)
+                if isinstance(pixels, ReadError):
+                    continue
+                if _serves_next_batch(requests, grid, number):
+                    kept[number] = pixels
+                elif pixels is not None and number not in at_hand:
+                    idle.append(pixels)
+        pending, start = range(start, end), end
+    room = max(1, KEEP_BYTES // grid.tile_bytes)
+    return dict(list(kept.items())[-room:])
+
+
+def _serves_next_batch(requests: Requests, grid: TileGrid, number: int) -> bool:
+    """Return whether a batch that goes on in raster order will want a stored tile again.
+
+    It starts to the right of the last request, in the same row of stored tiles or the next.
+    """
+    row, column = divmod(number, grid.across)
+    top, bottom = requests.tile_rows[-1]
+    return row >= bottom - 1 or (row >= top and column >= requests.columns[-1][1] - 1)
 
 
 class Pieces:
-    """The parts of one request, as pairs of places in stored tiles and in the request."""
+    """The parts of one request: where they lie in stored tiles and in the request."""
 
     __slots__ = ("_grid", "_i", "_prepared", "_requests")
 
@@ -190,7 +216,7 @@ class Pieces:
         self._grid = grid
         self._prepared = prepared
 
-    def paste_into(self, out: NDArray[np.uint8], background: tuple[int, int, int]) -> None:
+    def paste_into(self, out: NDArray[np.uint8], background: Rgb) -> None:
         """Put the request together in `out` (edge, edge, 3).
 
         Raises:
@@ -221,28 +247,3 @@ class Pieces:
                     out[y0:y1, x0:x1] = background
                 else:
                     out[y0:y1, x0:x1] = pixels[y0 - tile_y : y1 - tile_y, x0 - tile_x : x1 - tile_x]
-
-
-def _worth_keeping(
-    requests: Requests,
-    grid: TileGrid,
-    prepared: Mapping[int, NDArray[np.uint8] | ReadError | None],
-) -> dict[int, NDArray[np.uint8] | None]:
-    """Return what the next batch will share with this one.
-
-    The lowest stored row reached is shared by the next row of requests, the last request's tiles
-    by its right neighbour.
-    """
-    if not requests.rows:
-        return {}
-    last = set(requests.numbers(len(requests.rows) - 1, grid))
-    lowest_row = requests.tile_rows[-1][1] - 1
-    room = KEEP_BYTES // grid.tile_bytes
-    kept: dict[int, NDArray[np.uint8] | None] = {}
-    for number in reversed(list(prepared)):
-        pixels = prepared[number]
-        if isinstance(pixels, ReadError) or len(kept) >= room:
-            continue
-        if number in last or number // grid.across >= lowest_row:
-            kept[number] = pixels
-    return dict(reversed(kept.items()))
