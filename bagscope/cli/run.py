@@ -23,17 +23,26 @@ def run(
     shards: Annotated[
         int, typer.Option(min=1, help="array size of the Slurm script", show_default=True)
     ] = 8,
+    slurm_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="further sbatch option, such as partition=cpu"),
+    ] = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Run every stage that study.yaml describes; resumes where it stopped."""
     opened = open_study(study, {"run": {"workers": workers}})
     if slurm:
-        from bagscope.cohort.slurm import array_script
+        from bagscope.cohort.slurm import SlurmSpec, sbatch_script
 
-        typer.echo(
-            array_script(study, shards=shards, workers=opened.spec.run.worker_count), nl=False
+        spec = SlurmSpec(
+            shards=shards,
+            cpus=opened.spec.run.worker_count,
+            memory_mib=round(opened.spec.run.memory_limit_gib * 1024),
+            options=_pairs(slurm_option or []),
         )
+        command = ["bagscope", "run", str(study), *(["--overwrite"] if overwrite else [])]
+        typer.echo(sbatch_script(command, spec), nl=False)
         return
     report = tile_cohort(
         opened,
@@ -44,3 +53,11 @@ def run(
     )
     console.print_report(report, again=f"bagscope run {study}", as_json=as_json)
     raise typer.Exit(report.exit_code)
+
+
+def _pairs(given: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        pairs[name.lstrip("-")] = value
+    return pairs

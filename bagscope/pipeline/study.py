@@ -126,9 +126,7 @@ def init_study(folder: Path, source: str, *, labels: Path | None = None) -> tupl
     path = folder / COHORT_NAME
     if path.exists():
         existing = load_cohort(path)
-        if [(row.slide_id, row.path) for row in existing.rows] != [
-            (row.slide_id, row.path) for row in cohort.rows
-        ]:
+        if _slides_of(existing) != _slides_of(cohort):
             raise ConfigError(
                 f"{path}: holds {len(existing.rows)} slides that are not the {len(cohort.rows)} of "
                 f"{source}; choose another study folder, or edit the table"
@@ -141,6 +139,11 @@ def init_study(folder: Path, source: str, *, labels: Path | None = None) -> tupl
     except ArtifactError as error:
         raise ConfigError(str(error)) from error
     return open_study(folder), cohort
+
+
+def _slides_of(cohort: Cohort) -> list[tuple[str, str]]:
+    # A table states paths relative to itself, so one file may come as different texts.
+    return [(row.slide_id, os.path.normpath(row.path)) for row in cohort.rows]
 
 
 def _template() -> str:

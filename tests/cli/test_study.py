@@ -1,0 +1,163 @@
+"""`init`, `run`, `doctor`, `demo`, and what is wrong with tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bagscope.pipeline.study import open_study
+from bagscope.specs import Spec
+from tests.cli.conftest import Ran, files_of, leftovers
+
+Command = Callable[..., Ran]
+
+
+def test_a_new_study_states_every_option_at_its_default(
+    bagscope: Command, slides: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    ran = bagscope("init", study, "--slides", slides)
+    assert ran.code == 0
+    assert "3 slides" in ran.out
+    values = yaml.safe_load((study / "study.yaml").read_text())
+    for section in ("tiling", "run"):
+        spec: Spec = getattr(open_study(study).spec, section)
+        assert set(values[section]) == set(type(spec).model_fields)
+        assert spec == type(spec)()
+
+
+def test_init_again_is_harmless_and_another_cohort_is_refused(
+    bagscope: Command, slides: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    bagscope("init", study, "--slides", slides)
+    before = files_of(study)
+    assert bagscope("init", study, "--slides", slides).code == 0
+    assert files_of(study) == before
+    (slides / "c.svs").unlink()
+    ran = bagscope("init", study, "--slides", slides)
+    assert ran.code == 2
+    assert "holds 3 slides that are not the 2" in ran.err
+
+
+def test_an_option_on_the_command_line_wins_over_the_study(
+    bagscope: Command, slides: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    bagscope("init", study, "--slides", slides)
+    (study / "study.yaml").write_text("tiling: {mpp: 2.0, tile_px: 64}\n")
+    ran = bagscope("tile", study, "--mpp", 1.0, "--dry-run", "--json")
+    spec = json.loads(ran.out)
+    assert spec["mpp"] == 1.0
+    assert spec["tile_px"] == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tilling: {}\n", "did you mean 'tiling'?"),
+        ("tiling: {mp: 0.5}\n", "did you mean 'mpp'?"),
+        ("tiling: {mpp: fast}\n", "tiling.mpp is 'fast'"),
+        ("tiling: [\n", "not readable as YAML"),
+        ("- a\n", "holds list"),
+    ],
+)
+def test_a_study_file_that_does_not_fit_is_refused(
+    bagscope: Command, slides: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    study = tmp_path / "study"
+    bagscope("init", study, "--slides", slides)
+    (study / "study.yaml").write_text(text)
+    ran = bagscope("tile", study)
+    assert ran.code == 2
+    assert message in ran.err
+    assert "study.yaml" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (b"slide,path\na,a.svs\n", "slide_id"),
+        (b"slide_id,path\na,a.svs\na,b.svs\n", "'a'"),
+        (b"slide_id,path\nCase1,a.svs\ncase1,b.svs\n", "case1"),
+        (b"slide_id,path\na,\xff\xfe.svs\n", "UTF-8"),
+        (b"slide_id,path,mpp\na,a.svs,0\n", "mpp"),
+        (b"slide_id,path,mpp\na,a.svs,-1\n", "mpp"),
+        (b"slide_id,path,mpp\na,a.svs,250\n", "mpp"),
+        (b"", "cohort.csv"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(
+    bagscope: Command, tmp_path: Path, table: bytes, message: str
+) -> None:
+    path = tmp_path / "cohort.csv"
+    path.write_bytes(table)
+    ran = bagscope("init", tmp_path / "study", "--slides", path)
+    assert ran.code == 2
+    assert message in ran.err
+    assert not (tmp_path / "study").exists()
+
+
+def test_run_does_what_the_study_says(bagscope: Command, slides: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    bagscope("init", study, "--slides", slides)
+    (study / "study.yaml").write_text("tiling: {mpp: 1.0, tile_px: 128, coarser_mpp: [2.0]}\n")
+    ran = bagscope("run", study)
+    assert ran.code == 0
+    made = sorted(p.relative_to(study / "tilings").as_posix() for p in study.rglob("a.h5"))
+    assert made == ["1.00mpp_128px/a.h5", "2.00mpp_128px_over_1.00mpp/a.h5"]
+
+
+def test_slurm_prints_a_script_that_bash_accepts(
+    bagscope: Command, slides: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "a study"
+    bagscope("init", study, "--slides", slides)
+    ran = bagscope("run", study, "--slurm", "--shards", 5)
+    assert ran.code == 0
+    assert "#SBATCH --array=1-5" in ran.out
+    subprocess.run(["bash", "-n"], input=ran.out, text=True, check=True)
+
+
+def test_doctor_speaks_json_and_stays_offline(bagscope: Command) -> None:
+    ran = bagscope("doctor", "--json")
+    checks = json.loads(ran.out)["checks"]
+    assert checks["packages"]["numpy"]
+    assert checks["slides"]["OpenSlide"].startswith(("4", "5"))
+    assert "network" not in checks
+    assert "kernels" in checks["compute"]
+    text = bagscope("doctor")
+    assert "OpenSlide" in text.out
+
+
+def test_the_demo_tiles_synthetic_slides(bagscope: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    ran = bagscope("demo", folder, "--until", "tile", "--slides", 2, "--size-px", 2048)
+    assert ran.code == 0, ran.out
+    sheet = folder / "study/tilings/0.50mpp_256px/contact_sheet.html"
+    assert str(sheet) in ran.out
+    assert sheet.stat().st_size > 10_000
+    assert leftovers(folder) == []
+    assert bagscope("demo", folder, "--until", "heat").code == 2
+
+
+def test_the_module_runs_and_names_its_version() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "bagscope", "--version"], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.startswith("bagscope 0.")
+    wrong = subprocess.run(
+        [sys.executable, "-m", "bagscope", "tile", "/nowhere/at/all"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("bagscope: ")
+    assert "Traceback" not in wrong.stderr
