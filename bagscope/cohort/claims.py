@@ -9,11 +9,11 @@ host, when it has not been renewed for `stale_s` seconds by the clock of the fil
 (clocks of different machines are never compared).
 
 Taking over, with P and Q both looking at the same abandoned claim: each claim carries a random
-token T, and whoever wants to replace or remove claim T must first make the claim `<name>.T`
+token T, and whoever wants to replace or remove claim T must first make the claim `.T.claim`
 ("the right to touch T"), of which there is one. With it in hand the claim is read again. If it is
 still T, it is renamed over; if not, somebody was quicker. A slow Q that comes back late either
-fails to make `<name>.T` or finds that the claim is no longer T: it can't remove P's new claim.
-Should P die between those two steps, `<name>.T` is an abandoned claim and taken over likewise.
+fails to make `.T.claim` or finds that the claim is no longer T: it can't remove P's new claim.
+Should P die between those two steps, `.T.claim` is an abandoned claim and taken over likewise.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEFAULT_STALE_S = 300.0
 """Well above the minute for which an NFS client may show an old modification time."""
 
 _BEATS_PER_STALE_PERIOD = 10
-_MAX_DEPTH = 4
+_MAX_DEPTH = 16
 _TOKEN_BYTES = 8
 _CLOCK_REFRESH_S = 60.0
 
@@ -137,17 +137,18 @@ class ClaimBook:
         A token never comes back, so the right to touch a claim that is no longer there, or is
         another one by now, is of no use to anybody, dead or alive.
         """
-        for right in sorted(self.folder.glob(f".*{CLAIM_SUFFIX}.*")):
-            name, _, token = right.name[1:].rpartition(".")
-            if len(token) == _TOKEN_BYTES * 2 and _token_of(right.with_name(name)) != token:
-                right.unlink(missing_ok=True)
+        for right in sorted(self.folder.glob(f".*{CLAIM_SUFFIX}")):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                name = str(json.loads(right.read_bytes())["touches"])
+                if _right_to(self.folder / name, _token_of(self.folder / name)) != right:
+                    right.unlink(missing_ok=True)
 
     # --- one file ---------------------------------------------------------------------------
 
-    def _lock_file(self, path: Path, depth: int) -> str | None:
+    def _lock_file(self, path: Path, depth: int, touches: str = "") -> str | None:
         """Make the claim `path`, or take over an abandoned one; return its token, else None."""
         token = secrets.token_hex(_TOKEN_BYTES)
-        with self._written_claim(path, token) as mine:
+        with self._written_claim(token, touches) as mine:
             if _link_exclusively(mine, path):
                 return token
             found = _read_claim(path)
@@ -155,17 +156,18 @@ class ClaimBook:
                 return token if _link_exclusively(mine, path) else None
             if depth >= _MAX_DEPTH or not self._is_abandoned(path, found[1]):
                 return None
-            right = path.with_name(f".{path.name}.{found[0]}")
-            right_token = self._lock_file(right, depth + 1)
+            artifacts.step("abandoned")
+            right = _right_to(path, found[0])
+            right_token = self._lock_file(right, depth + 1, path.name)
             if right_token is None:
                 return None
-            artifacts.step("takeover")
             try:
                 now = _read_claim(path)
                 if now is None:
                     return token if _link_exclusively(mine, path) else None
                 if now[0] != found[0]:
                     return None
+                artifacts.step("takeover")
                 mine.replace(path)
                 _log.warning("took over the abandoned claim %s", path.name)
                 return token
@@ -178,8 +180,8 @@ class ClaimBook:
             # Renewed so lately that nobody can have found it abandoned.
             claim.path.unlink(missing_ok=True)
             return
-        right = claim.path.with_name(f".{claim.path.name}.{claim.token}")
-        right_token = self._lock_file(right, depth=1)
+        right = _right_to(claim.path, claim.token)
+        right_token = self._lock_file(right, 1, claim.path.name)
         if right_token is None:
             return
         try:
@@ -190,9 +192,11 @@ class ClaimBook:
                 right.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _written_claim(self, path: Path, token: str) -> Iterator[Path]:
-        temporary = artifacts.temporary_path(path)
+    def _written_claim(self, token: str, touches: str) -> Iterator[Path]:
+        temporary = artifacts.temporary_path(self.folder / "claim")
         record = {**this_process().as_json(), "stage": self.stage, "token": token}
+        if touches:
+            record["touches"] = touches
         try:
             temporary.write_bytes(artifacts.canonical_json(record))
             yield temporary
@@ -243,6 +247,11 @@ class ClaimBook:
             _log.warning("could not renew the claim %s (%s)", claim.path.name, error)
             return
         claim.renewed_s = time.monotonic()
+
+
+def _right_to(path: Path, token: str | None) -> Path:
+    """Return the claim that gives the right to touch the claim `path` while it is `token`."""
+    return path.with_name(f".{token}{CLAIM_SUFFIX}")
 
 
 def _link_exclusively(source: Path, target: Path) -> bool:

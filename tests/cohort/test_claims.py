@@ -122,7 +122,7 @@ def test_a_claim_that_was_taken_over_is_left_to_its_new_holder(tmp_path):
 def test_a_take_over_that_died_half_way_is_finished_by_the_next(tmp_path):
     """Its owner held the right to touch the abandoned claim, and was killed."""
     write_claim(tmp_path / "a.claim", pid=dead_pid(), token="ab" * 8)
-    write_claim(tmp_path / f".a.claim.{'ab' * 8}", pid=dead_pid(), token="cd" * 8)
+    write_claim(tmp_path / f".{'ab' * 8}.claim", pid=dead_pid(), token="cd" * 8, touches="a.claim")
     with ClaimBook(tmp_path, stage="t") as book:
         assert book.acquire("a")
         assert [p.name for p in tmp_path.iterdir()] == ["a.claim"]
@@ -130,12 +130,12 @@ def test_a_take_over_that_died_half_way_is_finished_by_the_next(tmp_path):
 
 
 def test_rights_to_claims_that_are_gone_are_swept_and_others_kept(tmp_path):
-    write_claim(tmp_path / f".a.claim.{'ab' * 8}", pid=dead_pid(), token="cd" * 8)
+    write_claim(tmp_path / f".{'ab' * 8}.claim", pid=dead_pid(), token="cd" * 8, touches="a.claim")
     write_claim(tmp_path / "b.claim", token="ef" * 8)
-    write_claim(tmp_path / f".b.claim.{'ef' * 8}", token="01" * 8)
+    write_claim(tmp_path / f".{'ef' * 8}.claim", token="01" * 8, touches="b.claim")
     with ClaimBook(tmp_path, stage="t") as book:
         book.sweep()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f".b.claim.{'ef' * 8}", "b.claim"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".{'ef' * 8}.claim", "b.claim"]
 
 
 def test_without_hard_links_a_claim_is_exclusive_too(tmp_path, monkeypatch):
@@ -178,9 +178,11 @@ def compete(folder: str, seed: int, rounds: int, names: int, deadly: bool) -> No
     holders = Path(folder, "holders")
 
     def jitter(name: str) -> None:
+        if name == "abandoned":
+            time.sleep(chance.random() * 0.012)
         if name == "takeover":
-            time.sleep(chance.random() * 0.004)
-            if deadly and chance.random() < 0.3:
+            time.sleep(chance.random() * 0.002)
+            if deadly and chance.random() < 0.2:
                 os._exit(9)
 
     artifacts.observe_step = jitter
@@ -191,12 +193,12 @@ def compete(folder: str, seed: int, rounds: int, names: int, deadly: bool) -> No
             continue
         mine = holders / f"{name}~{os.getpid()}"
         mine.touch()
-        time.sleep(chance.random() * 0.002)
+        time.sleep(chance.random() * 0.008)
         others = [p for p in holders.glob(f"{name}~*") if p != mine and _is_live_holder(p)]
         if others:
             with Path(folder, "violations").open("a") as violations:
                 violations.write(f"{mine.name} {others}\n")
-        if deadly and chance.random() < 0.25:
+        if deadly and chance.random() < 0.3:
             os._exit(9)
         mine.unlink()
         book.release(name)
@@ -237,7 +239,7 @@ def run_competition(folder: Path, *, processes: int, rounds: int, deadly: bool) 
 
 @pytest.mark.parametrize("deadly", [False, True])
 def test_no_two_processes_ever_hold_a_claim(tmp_path, deadly):
-    run_competition(tmp_path, processes=40 if deadly else 8, rounds=40, deadly=deadly)
+    run_competition(tmp_path, processes=50 if deadly else 8, rounds=40, deadly=deadly)
     violations = tmp_path / "violations"
     assert not violations.exists(), violations.read_text()
     # Nothing is stuck: the next process gets every claim, and leaves nothing behind.
