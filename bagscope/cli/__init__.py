@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""The command line: one thin file per verb."""

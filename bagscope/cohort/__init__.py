@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Cohorts: the table, and runs that one bad slide does not stop. Knows no stage."""

@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""One function per verb, and the study folder."""

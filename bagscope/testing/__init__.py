@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""What third parties share with our own tests."""
