@@ -46,8 +46,7 @@ def sbatch_script(command: Sequence[str], spec: SlurmSpec) -> str:
 
     `--shard i/n` and `--workers` are added to the command. A task that is killed, preempted or
     requeued just runs again: what was made is found, and claims of the dead are taken over. Slurm
-    makes the log folder of no job, so tasks write to the folder that the script is submitted from
-    until the script has made it.
+    makes no folder for logs, so the script does, and sends its output there itself.
 
     Args:
         command: for instance ["bagscope", "run", "study.yaml"].
@@ -68,8 +67,9 @@ def sbatch_script(command: Sequence[str], spec: SlurmSpec) -> str:
     }
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH --{name}={_value(value)}" for name, value in asked.items() if value]
-    # Half a minute to give claims back before SIGKILL; without it, the next run takes them over.
-    lines += ["#SBATCH --requeue", "#SBATCH --signal=TERM@30"]
+    # Half a minute to give claims back before SIGKILL, on another host nobody knows who is dead.
+    # "B:" is the shell of the script, and by its last line that is the command itself.
+    lines += ["#SBATCH --requeue", "#SBATCH --signal=B:TERM@30"]
     for name, value in spec.options.items():
         lines.append(f"#SBATCH --{name}" + (f"={_value(value)}" if value else ""))
     logs = shlex.quote(spec.logs)
