@@ -165,9 +165,11 @@ def _fragment_rings(mask: NDArray[np.uint8]) -> list[list[NDArray[np.float64]]]:
     """
     import cv2
 
-    columns, rows, kinds = _turning_points(mask)
-    if not len(columns):
+    left_px, top_px, width, height = cv2.boundingRect(mask)
+    if width == 0:
         return []
+    mask = np.ascontiguousarray(mask[top_px : top_px + height, left_px : left_px + width])
+    columns, rows, kinds = _turning_points(mask)
     # Where two pixels meet corner to corner an outline passes twice, so that point stands twice:
     # its first copy ends the edge on its left, its second begins the edge on its right.
     saddle = (kinds == _SADDLE_FALLING) | (kinds == _SADDLE_RISING)
@@ -200,7 +202,7 @@ def _fragment_rings(mask: NDArray[np.uint8]) -> list[list[NDArray[np.float64]]]:
             rings = _split_at_second_visits(corners, vertex[corners].tolist())
         holder = fragments.setdefault(int(label_of_edge[edges[0]]), [])
         for ring in rings:
-            points = np.stack([x[ring], y[ring]], axis=1).astype(np.float64)
+            points = np.stack([x[ring] + left_px, y[ring] + top_px], axis=1).astype(np.float64)
             holder.insert(0 if signed_area(points) > 0 else len(holder), points)
     return list(fragments.values())
 

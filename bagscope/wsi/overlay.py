@@ -8,6 +8,7 @@ so that they are as crisp on a small picture as on a large one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ TILE_COLOUR: Rgb = (0, 114, 178)
 _CASING: Rgb = (32, 32, 32)
 _MAX_ENLARGEMENT = 4.0
 _SUBPIXEL_BITS = 4
+_UNSEEN_PX = 0.4
 _MIN_LATTICE_PX = 6
 """Tiles smaller than this on the picture are tinted without lines between them."""
 
@@ -54,8 +56,9 @@ def encode_overview(
     quality: int = 85,
 ) -> bytes:
     """Return the overview as a JPEG file that carries its own thumbnail (see `draw`)."""
-    large = draw(rgb, tissue, pen, fold, frame, mpp=mpp, tiles=tiles)
-    small = draw(rgb, tissue, pen, fold, frame, edge_px=THUMBNAIL_EDGE_PX)
+    outlines = _outlines({TISSUE: tissue, FOLD: fold, PEN: pen})
+    large = _draw(rgb, outlines, {FOLD: fold, PEN: pen}, frame, mpp, tiles, PICTURE_EDGE_PX)
+    small = _draw(rgb, outlines, {FOLD: fold, PEN: pen}, frame, None, None, THUMBNAIL_EDGE_PX)
     return embed(encode_jpeg(large, quality=quality), encode_thumbnail(small))
 
 
@@ -82,43 +85,80 @@ def draw(
         tiles: which tiles to tint.
         edge_px: the picture's longer edge; small overviews are enlarged fourfold at most.
     """
+    outlines = _outlines({TISSUE: tissue, FOLD: fold, PEN: pen})
+    return _draw(rgb, outlines, {FOLD: fold, PEN: pen}, frame, mpp, tiles, edge_px)
+
+
+def _outlines(
+    masks: Mapping[str, NDArray[np.bool_]],
+) -> dict[str, list[NDArray[np.float64]]]:
+    """Return all rings of each class, in overview pixels."""
+    found = {}
+    for class_name, mask in masks.items():
+        unit = MaskFrame(shape=mask.shape, origin_x_l0=0, origin_y_l0=0, px_l0_x=1, px_l0_y=1)
+        found[class_name] = [ring for shape in polygons(mask, unit) for ring in shape.rings_l0]
+    return found
+
+
+def _draw(
+    rgb: NDArray[np.uint8],
+    outlines: Mapping[str, Sequence[NDArray[np.float64]]],
+    tinted: Mapping[str, NDArray[np.bool_]],
+    frame: MaskFrame,
+    mpp: float | None,
+    tiles: KeptTiles | None,
+    edge_px: int,
+) -> NDArray[np.uint8]:
+    """Draw `outlines` in their order, over tiles and over the areas of `tinted` classes."""
     import cv2
 
     height, width = rgb.shape[:2]
     scale = min(edge_px / max(height, width), _MAX_ENLARGEMENT)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    # Means over areas matter below a half only, and take many times longer.
+    how = cv2.INTER_AREA if scale < 0.5 else cv2.INTER_LINEAR if scale < 1 else cv2.INTER_CUBIC
     picture = np.ascontiguousarray(cv2.resize(rgb, size, interpolation=how), dtype=np.uint8)
     per_px = (size[0] / width, size[1] / height)
     thickness = max(2, round(max(size) / 640))
 
     if tiles is not None and len(tiles.corners_l0):
         _tint_tiles(picture, tiles, frame, per_px)
-    on_picture = MaskFrame(
-        shape=(height, width), origin_x_l0=0, origin_y_l0=0, px_l0_x=per_px[0], px_l0_y=per_px[1]
-    )
-    for class_name, mask in ((TISSUE, tissue), (FOLD, fold), (PEN, pen)):
-        if class_name != TISSUE and mask.any():
-            grown = cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-            _blend(picture, grown.astype(np.bool_), COLOURS[class_name], 0.35)
-        rings = [
-            # Lines are drawn through pixel centres, half a pixel off the pixel's corner.
-            np.rint((ring - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
-            for shape in polygons(mask, on_picture)
-            for ring in shape.rings_l0
-        ]
+    for class_name, mask in tinted.items():
+        if mask.any():
+            large = cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+            _blend(picture, large.astype(np.bool_), COLOURS[class_name], 0.35)
+    for class_name, rings in outlines.items():
+        lines = [_line(ring * per_px) for ring in rings]
         for colour, extra in ((_CASING, 1), (COLOURS[class_name], 0)):
             cv2.polylines(
-                picture, rings, True, colour, thickness + extra, cv2.LINE_AA, _SUBPIXEL_BITS
+                picture, lines, True, colour, thickness + extra, cv2.LINE_AA, _SUBPIXEL_BITS
             )
     if mpp is not None:
         _draw_scale_bar(picture, mpp / per_px[0])
     return picture
 
 
+def _line(ring: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Return a ring of picture coordinates as OpenCV draws it, steps too small to see left out."""
+    import cv2
+
+    seen = cv2.approxPolyDP(ring.astype(np.float32), _UNSEEN_PX, True)
+    # Lines are drawn through pixel centres, half a pixel off the pixel's corner.
+    points: NDArray[np.int32] = np.rint((seen - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
+    return points
+
+
 def _blend(picture: NDArray[np.uint8], where: NDArray[np.bool_], colour: Rgb, share: float) -> None:
-    mixed = picture[where] * (1 - share) + np.array(colour) * share
-    picture[where] = np.rint(mixed).astype(np.uint8)
+    """Mix a colour into part of a picture, in place."""
+    import cv2
+
+    x, y, width, height = cv2.boundingRect(where.view(np.uint8))
+    if width == 0:
+        return
+    part = np.s_[y : y + height, x : x + width]
+    values = np.arange(256)[:, None] * (1 - share) + np.array(colour) * share
+    mixed = cv2.LUT(picture[part], np.rint(values).astype(np.uint8)[None])
+    cv2.copyTo(mixed, where[part].view(np.uint8), picture[part])
 
 
 def _tint_tiles(
@@ -130,22 +170,30 @@ def _tint_tiles(
     """Tint the kept tiles' area, with their borders where those can be told apart."""
     height, width = picture.shape[:2]
     corners = tiles.corners_l0.astype(np.float64)
-    first = frame.from_l0(corners) * per_px
-    last = frame.from_l0(corners + tiles.extent_l0) * per_px
-    x0, y0 = np.rint(first).astype(np.intp).clip(0, (width, height)).T
-    x1, y1 = np.rint(last).astype(np.intp).clip(0, (width, height)).T
-    # Each tile adds one within its rectangle; sums over both axes turn four corners into an area.
-    change = np.zeros((height + 1, width + 1), np.int32)
+    first = np.rint(frame.from_l0(corners) * per_px).astype(np.intp)
+    last = np.rint(frame.from_l0(corners + tiles.extent_l0) * per_px).astype(np.intp)
+    boxes = np.concatenate([first, last], axis=1)
+    _blend(picture, _covered(boxes, (height, width)), TILE_COLOUR, 0.16)
+    if tiles.extent_l0 / frame.px_l0_x * per_px[0] >= _MIN_LATTICE_PX:
+        x0, y0, x1, y1 = boxes.T
+        sides = ((x0, y0, x0, y1), (x1, y0, x1, y1), (x0, y0, x1, y0), (x0, y1, x1, y1))
+        lines = np.concatenate([np.stack(side, axis=1) for side in sides])
+        lines[:, 2:] += 1  # a line is a box of one pixel's width
+        _blend(picture, _covered(lines, (height, width)), TILE_COLOUR, 0.30)
+
+
+def _covered(boxes: NDArray[np.intp], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return which pixels lie in any of the boxes (N, 4) as (x0, y0, x1, y1): (h, w) bool."""
+    import cv2
+
+    height, width = shape
+    x0, y0, x1, y1 = np.clip(boxes, 0, (width, height, width, height)).T
+    # Each box adds one inside itself: sums over both axes turn four corners into an area.
+    change = np.zeros((height + 1, width + 1), np.float32)
     for rows, columns, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
         np.add.at(change, (rows, columns), sign)
-    kept = change.cumsum(axis=0).cumsum(axis=1)[:height, :width] > 0
-    _blend(picture, kept, TILE_COLOUR, 0.16)
-    if tiles.extent_l0 / frame.px_l0_x * per_px[0] >= _MIN_LATTICE_PX:
-        lines = np.zeros((height + 1, width + 1), np.bool_)
-        for left, top, right, bottom in np.stack([x0, y0, x1, y1], axis=1).tolist():
-            lines[top : bottom + 1, [left, right]] = True
-            lines[[top, bottom], left : right + 1] = True
-        _blend(picture, lines[:height, :width], TILE_COLOUR, 0.30)
+    covered: NDArray[np.bool_] = cv2.integral(change, sdepth=cv2.CV_32F)[1:-1, 1:-1] > 0.5
+    return np.ascontiguousarray(covered)
 
 
 # --- scale bar ------------------------------------------------------------------------------
