@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -141,7 +142,7 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def print_report(report: RunReport, *, again: str, as_json: bool) -> None:
+def print_report(report: RunReport, *, as_json: bool) -> None:
     """Print how a run ended, each failure with its reason, and how to go on."""
     if as_json:
         return
@@ -157,4 +158,5 @@ def print_report(report: RunReport, *, again: str, as_json: bool) -> None:
     if len(report.failures) > MAX_FAILURES_SHOWN:
         typer.echo(f"  and {len(report.failures) - MAX_FAILURES_SHOWN} more, see the status folder")
     if report.interrupted:
+        again = shlex.join(["bagscope", *sys.argv[1:]])
         typer.echo(f"interrupted with {report.remaining} slides to go; go on with: {again}")

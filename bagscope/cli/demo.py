@@ -32,7 +32,7 @@ def demo(
         seed=seed,
         workers=workers,
     )
-    console.print_report(report, again=f"bagscope demo {folder}", as_json=as_json)
+    console.print_report(report, as_json=as_json)
     if not as_json:
         typer.echo(f"look at {sheet}")
     raise typer.Exit(report.exit_code)

@@ -51,7 +51,7 @@ def run(
         shard=parse_shard(shard) if shard else None,
         executor=dask or "local",
     )
-    console.print_report(report, again=f"bagscope run {study}", as_json=as_json)
+    console.print_report(report, as_json=as_json)
     raise typer.Exit(report.exit_code)
 
 

@@ -109,7 +109,7 @@ def tile(
         shard=parse_shard(shard) if shard else None,
         executor=dask or "local",
     )
-    console.print_report(report, again=f"bagscope tile {study} (same options)", as_json=as_json)
+    console.print_report(report, as_json=as_json)
     raise typer.Exit(report.exit_code)
 
 

@@ -223,7 +223,8 @@ def write_sheet(study: Study, slide_ids: list[str]) -> Path:
                 fold_fraction=float(facts.get("fold_fraction", 0)),
                 blurred_fraction=float(facts.get("blurred_fraction", 0)),
                 fragments=int(facts.get("fragments", 0)),
-                status=status.outcome,
+                # Found made or made just now: the page is the same.
+                status="failed" if status.outcome == "failed" else "done",
                 message=status.message,
                 warnings=tuple(status.warnings),
             )

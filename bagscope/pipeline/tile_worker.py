@@ -61,7 +61,6 @@ def tile_task(task: TileTask) -> StageResult:
     if existing and existing.fingerprint == fingerprint(fields) and _all_there(task):
         tiles_made = False
         summary: Mapping[str, Json] = existing.summary
-        warnings: tuple[str, ...] = ()
     else:
         if existing and not task.overwrite:
             artifacts.require_same(
@@ -72,15 +71,14 @@ def tile_task(task: TileTask) -> StageResult:
             tiled = _tile(slide, task, edited, region_file)
         summary = _summary(tiled)
         _write(task, tiled, fields, summary, existing, edited)
-        warnings = tiled.warnings
     exported = _export(task, fields)
     done = tiles_made or exported
     return StageResult(
         outcome="done" if done else "skipped",
         fingerprint=fingerprint(fields),
         content_hash=sha256_of_file(path),
-        facts=dict(summary),
-        warnings=warnings,
+        facts={name: value for name, value in summary.items() if name != "warnings"},
+        warnings=tuple(summary["warnings"]),
     )
 
 
@@ -286,6 +284,7 @@ def _summary(tiled: TiledSlide) -> dict[str, Json]:
         "mpp_effective": tiles.plan.mpp_effective,
         "width_l0": tiles.info.width_l0,
         "height_l0": tiles.info.height_l0,
+        "warnings": list(tiled.warnings),
     }
 
 
