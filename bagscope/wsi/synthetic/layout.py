@@ -102,16 +102,9 @@ def plan_layout(spec: SyntheticSpec) -> Layout:
     tumor_um = _tumor(np.random.default_rng([2, spec.seed]), depth_um, spec.tumor_fraction)
     rng = np.random.default_rng([3, spec.seed])
     if spec.repeat_texture:
+        # All that is inside the tissue stands in the repeating layout; here are the outlines.
         inner = repeating_layout(spec.seed).fields
-        rows, columns = (np.arange(n) % inner.fat.shape[i] for i, n in enumerate(shape))
-        fields = Fields(
-            depth_um=depth_um,
-            tumor_um=tumor_um,
-            **{
-                name: getattr(inner, name)[np.ix_(rows, columns)]
-                for name in ("fibre_u_um", "fibre_v_um", "fat", "gland", "lymph", "thickness")
-            },
-        )
+        fields = replace(inner, depth_um=depth_um, tumor_um=tumor_um)
         nothing = _no_places()
         return Layout(
             width_um=width_um,

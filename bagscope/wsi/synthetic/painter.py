@@ -142,8 +142,10 @@ class SlidePainter:
                     h, e, _ = render_concentrations(layout, self.kit, window)
                     rgb[y : y + height, x : x + width] = self.palette.colours(h, e)
             if tumor:
-                shift = painted[0].mean((0, 1)) - rgb.mean((0, 1))
-                rgb = np.clip(rgb + np.rint(shift), 0, 255).astype(np.uint8)
+                shift = np.rint(painted[0].mean((0, 1)) - rgb.mean((0, 1)))
+                for y in range(0, period_px, 512):
+                    rows = rgb[y : y + 512]
+                    rows[...] = np.clip(rows + shift, 0, 255).astype(np.uint8)
             painted.append(rgb)
         return painted[0], painted[1] if len(painted) > 1 else None
 

@@ -163,6 +163,8 @@ class _LowerLevels:
         self._ratios = [b // a for a, b in pairs]
         self._left_px = [spec.height_px // d for d in downsamples[1:]]
         self._width_px = [spec.width_px // d for d in downsamples[1:]]
+        # Per level: rows of the level before that make no whole row yet, and finished rows.
+        self._rest: list[NDArray[np.uint8] | None] = [None for _ in pairs]
         self._waiting: list[list[NDArray[np.uint8]]] = [[] for _ in pairs]
         self._coarsest: list[NDArray[np.uint8]] = []
 
@@ -174,23 +176,29 @@ class _LowerLevels:
         if index == len(self._ratios):
             shrink = max(1, -(-rows.shape[1] // _THUMBNAIL_PX))
             size = (rows.shape[1] // shrink, max(1, rows.shape[0] // shrink))
-            self._coarsest.append(np.asarray(cv2.resize(rows, size, interpolation=3), np.uint8))
+            small = cv2.resize(rows, size, interpolation=cv2.INTER_AREA)
+            self._coarsest.append(np.asarray(small, np.uint8))
             return
-        ratio, waiting = self._ratios[index], self._waiting[index]
-        # A copy, because the caller paints the next band into the same memory.
-        waiting.append(rows.copy())
+        ratio, waiting, rest = self._ratios[index], self._waiting[index], self._rest[index]
+        if rest is not None and len(rest):
+            rows = np.concatenate([rest, rows])
+        whole = rows.shape[0] // ratio
+        # A copy, because the caller paints its next rows into the same memory.
+        self._rest[index] = rows[whole * ratio :].copy()
+        if whole:
+            size = (self._width_px[index], whole)
+            source = rows[: whole * ratio, : size[0] * ratio]
+            mean = cv2.resize(source, size, interpolation=cv2.INTER_AREA)
+            waiting.append(np.asarray(mean, np.uint8))
         while self._left_px[index]:
             due = min(self._tile_px, self._left_px[index])
-            if sum(len(w) for w in waiting) < due * ratio:
+            if sum(len(w) for w in waiting) < due:
                 return
             block = np.concatenate(waiting)
-            waiting[:] = [block[due * ratio :]]
-            size = (self._width_px[index], due)
-            source = block[: due * ratio, : size[0] * ratio]
-            mean = np.asarray(cv2.resize(source, size, interpolation=cv2.INTER_AREA), np.uint8)
+            waiting[:] = [block[due:]]
             self._left_px[index] -= due
-            self._writer.write_tile_row(index + 1, mean)
-            self.feed(mean, index + 1)
+            self._writer.write_tile_row(index + 1, block[:due])
+            self.feed(block[:due], index + 1)
 
     def thumbnail(self) -> NDArray[np.uint8]:
         """Return a small picture of the whole slide, once all rows were fed."""
