@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 MIN_FOLD_UM2 = 12_000.0
 MIN_WIDTH_UM = 32.0
 SURROUND_UM = 400.0
+MIN_LENGTH_UM = 200.0
+MIN_LIKENESS = 0.975
+"""Cosine between the absorption of a fold and of the tissue around it."""
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -29,27 +32,38 @@ def find_folds(absorbed: Floats, tissue: Bools, mpp: float) -> Bools:
     none = np.zeros(tissue.shape, np.bool_)
     if np.count_nonzero(tissue) < 50:
         return none
-    mean = cv2.GaussianBlur(cv2.transform(absorbed, np.full((1, 3), 1 / 3, np.float32)), (3, 3), 0)
-    inside = mean[tissue]
-    usual, upper = np.percentile(inside, [50, 84])
-    weight = tissue.astype(np.float32)
-    size = (round(SURROUND_UM / mpp) | 1, round(SURROUND_UM / mpp) | 1)
-    around = cv2.blur(np.minimum(mean, upper) * weight, size) / np.maximum(
-        cv2.blur(weight, size), 1e-3
+    soft = cv2.GaussianBlur(absorbed, (3, 3), 0)
+    mean = np.asarray(cv2.transform(soft, np.full((1, 3), 1 / 3, np.float32)), np.float32)
+    median, dark, darkest = np.percentile(mean[tissue], [50, 85, 97.5])
+    least = max(1.5 * median, min(dark * 1.2, darkest), 0.08)
+    if not np.any(tissue & (mean > least)):
+        return none
+    # Surroundings without the candidates themselves.
+    weight = (tissue & (mean < least)).astype(np.float32)
+    edge = round(SURROUND_UM / mpp) | 1
+    around = cv2.blur(soft * weight[..., None], (edge, edge))
+    share = cv2.blur(weight, (edge, edge))
+    around_mean = around.mean(axis=2) / np.maximum(share, 1e-3)
+    # Twice the same tissue has its colour; another cell type or a stained mark has not.
+    alike = np.einsum("hwc,hwc->hw", soft, around) / np.maximum(
+        np.linalg.norm(soft, axis=2) * np.linalg.norm(around, axis=2), 1e-6
     )
-    strict = (
-        tissue & (mean > 1.75 * around) & (mean > usual + 1.6 * (upper - usual)) & (mean > 0.12)
-    )
-    loose = tissue & (mean > 1.45 * around) & (mean > upper)
+    candidate = tissue & (share > 0.1) & (alike > MIN_LIKENESS)
+    strict = candidate & (mean > 1.65 * around_mean) & (mean > least)
+    loose = candidate & (mean > 1.4 * around_mean) & (mean > 0.85 * least)
     width = max(2, round(MIN_WIDTH_UM / mpp))
-    core = cv2.erode(strict.astype(np.uint8), np.ones((width, width), np.uint8))
+    core = cv2.morphologyEx(
+        strict.view(np.uint8), cv2.MORPH_OPEN, np.ones((width, width), np.uint8)
+    )
     if not core.any():
         return none
-    wide = cv2.morphologyEx(loose.astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+    wide = cv2.morphologyEx(loose.view(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(wide, connectivity=8)
     area = stats[:, cv2.CC_STAT_AREA]
-    # A fold is a solid band over several of its widths; a scatter of dark nuclei is neither.
-    held = np.bincount(labels.ravel(), weights=core.ravel(), minlength=len(area))
-    keep = (area >= MIN_FOLD_UM2 / mpp**2) & (held >= 0.12 * area)
+    held = np.bincount(labels[core > 0], minlength=len(area))
+    extent = np.hypot(stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT])
+    # A fold is a solid band, longer than wide; a scatter of dark cells or a round nest is not.
+    keep = (area >= MIN_FOLD_UM2 / mpp**2) & (held >= 0.4 * area) & (area < 0.45 * extent**2)
+    keep &= extent * mpp >= MIN_LENGTH_UM
     keep[0] = False
     return np.asarray(keep[labels])

@@ -8,6 +8,7 @@ factor in every channel, so that colour ratios tell stain from shade.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,7 +24,7 @@ _FLAT_RANGE = 7
 _PAD_RANGE = 2
 _PAD_NEUTRAL = 4
 _PAD_DARK = 45
-_PAD_SPAN = 4
+_PAD_STRAIGHT = 0.6
 _LEAST_SHARE = 0.005
 _ASSUMED = np.array([244.0, 244.0, 244.0], np.float32)
 
@@ -49,25 +50,42 @@ def estimate_glass(rgb: NDArray[np.uint8], ignore: Bools | None = None) -> Glass
     """Estimate the glass of an overview (H, W, 3); `ignore` (H, W) marks pixels without meaning."""
     height, width = rgb.shape[:2]
     small_size = (max(1, -(-width // BLOCK_PX)), max(1, -(-height // BLOCK_PX)))
-    small = cv2.resize(rgb, small_size, interpolation=cv2.INTER_AREA)
+    small = _image(cv2.resize(rgb, small_size, interpolation=cv2.INTER_AREA))
     usable = np.ones(small.shape[:2], np.bool_)
     if ignore is not None and ignore.any():
-        share = cv2.resize(ignore.astype(np.float32), small_size, interpolation=cv2.INTER_AREA)
-        usable = share < 0.01
+        usable = ~_shrunk(ignore, small_size)
     span = _local_range(small)
-    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    grey = _image(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
     neutral = (small.max(axis=2) - small.min(axis=2)) <= _PAD_NEUTRAL
     flat = (span <= _FLAT_RANGE) & usable
 
-    pad_levels, glass_range = _levels(small, grey, flat, flat & (span <= _PAD_RANGE) & neutral)
-    padding = _padding(rgb, grey, flat & neutral, pad_levels)
+    levels = _levels(small, grey, flat, flat & (span <= _PAD_RANGE) & neutral)
+    padding = _padding(rgb, grey, flat & neutral, levels.pads)
     usable &= ~_shrunk(padding, small_size)
+    glass_range = levels.glass
     if glass_range is None:
-        colour, found = _brightest(rgb, ~padding if ignore is None else ~(padding | ignore))
-        falloff = np.zeros(small.shape[:2], np.float32)
-        return Glass(colour=colour, falloff=falloff, padding=padding, measured=found)
-    colour, falloff = _fit_light(small, flat & usable, glass_range)
+        glass_range = _brightest(small, grey, usable, levels.pads)
+        flat = usable
+    if glass_range is None and levels.fallback is not None:
+        # Nothing brighter than the even colour: that colour is the glass itself.
+        glass_range = levels.fallback
+        flat = (span <= _FLAT_RANGE) & (True if ignore is None else ~_shrunk(ignore, small_size))
+        usable = flat
+        rest = [pad for pad in levels.pads if pad != levels.fallback]
+        padding = _padding(rgb, grey, flat & neutral, rest)
+    if glass_range is None:
+        nothing = np.zeros(small.shape[:2], np.float32)
+        return Glass(colour=_ASSUMED.copy(), falloff=nothing, padding=padding, measured=False)
+    margin = _margin_colour(rgb, padding, glass_range[1])
+    if margin is not None:
+        nothing = np.zeros(small.shape[:2], np.float32)
+        return Glass(colour=margin, falloff=nothing, padding=padding, measured=True)
+    colour, falloff = _fit_light(small, flat & usable, usable, glass_range)
     return Glass(colour=colour, falloff=falloff, padding=padding, measured=True)
+
+
+def _image(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.asarray(array, np.uint8)
 
 
 def _local_range(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -77,49 +95,80 @@ def _local_range(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(span.max(axis=2), np.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """Grey ranges (lowest, highest) of flat blocks; `fallback` is padding that may be glass."""
+
+    pads: list[tuple[int, int]]
+    glass: tuple[int, int] | None
+    fallback: tuple[int, int] | None
+
+
 def _levels(
     small: NDArray[np.uint8], grey: NDArray[np.uint8], flat: Bools, exact: Bools
-) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
-    """Split the grey levels of flat blocks into padding and glass.
-
-    Returns:
-        Ranges of grey that are padding, and the range that is glass (None: none seen).
-    """
+) -> _Levels:
+    """Tell the grey levels of padding from those of glass."""
     least = max(6.0, _LEAST_SHARE * grey.size)
     exact_count = np.bincount(grey[exact], minlength=256)
     flat_count = np.bincount(grey[flat], minlength=256)
-    clusters = []
-    for low, high in _runs(flat_count, least):
+    clusters: list[tuple[int, int, NDArray[np.float64], bool]] = []
+    certain: set[int] = set()
+    for low, high in _runs(flat_count, exact_count, least):
         inside = flat & (grey >= low) & (grey <= high)
         colour = np.median(small[inside], axis=0)
-        spike = int(exact_count[low : high + 1].max()) >= 0.8 * flat_count[low : high + 1].sum()
+        spike = exact_count[low : high + 1].max() >= 0.8 * flat_count[low : high + 1].sum()
         is_pad = high < _PAD_DARK or (spike and np.ptp(colour) <= _PAD_NEUTRAL)
         clusters.append((low, high, colour, bool(is_pad)))
+        # Padding ends in straight lines along the axes, glass does so nowhere.
+        if is_pad and _straightness((grey >= low) & (grey <= high)) > _PAD_STRAIGHT:
+            certain.add(low)
     pads = [(low, high) for low, high, _, is_pad in clusters if is_pad]
     # Glass is near neutral; a flat pink or brown area is tissue.
     bright = [c for c in clusters if c[1] >= 120 and np.ptp(c[2]) <= 0.12 * c[2].max()]
-    own = [c for c in bright if not c[3]]
-    if own and pads:
-        brightest = max(own, key=lambda c: c[1])
-        pad_above = [c for c in bright if c[3] and c[0] > brightest[1]]
-        # Beside bright flat padding, the next flat level is glass only if it has no tint of its
-        # own; otherwise what looked like padding is perfectly even glass and this is pale tissue.
-        tint = [np.ptp(c[2] - brightest[2]) for c in pad_above]
-        if not tint or min(tint) <= 6:
-            return pads, brightest[:2]
-        glass = max(pad_above, key=lambda c: c[1])
-        return [p for p in pads if p != glass[:2]], glass[:2]
-    if bright:
-        glass = max(bright, key=lambda c: c[1])
-        return [p for p in pads if p != glass[:2]], glass[:2]
-    return [p for p in pads if p[1] < _PAD_DARK or len(clusters) > 1], None
+    even = [c for c in bright if c[3] and c[0] not in certain]
+    own = max((c for c in bright if not c[3]), key=lambda c: c[1], default=None)
+    if own is None:
+        fallback = max(even, key=lambda c: c[1])[:2] if even else None
+        return _Levels(pads, None, fallback)
+    # Beside brighter padding, the next flat level is glass only if it has no tint of its own;
+    # otherwise what looked like padding is perfectly even glass, and this is pale tissue.
+    above = [c for c in even if c[0] > own[1]]
+    if above and min(np.ptp(c[2] - own[2]) for c in above) > 6:
+        glass = max(above, key=lambda c: c[1])[:2]
+        return _Levels([pad for pad in pads if pad != glass], glass, None)
+    return _Levels(pads, own[:2], None)
 
 
-def _runs(count: NDArray[np.intp], least: float) -> list[tuple[int, int]]:
-    """Return the grey ranges that hold at least `least` blocks, split at gaps."""
+def _straightness(mask: Bools) -> float:
+    """Return which share of a mask's outline runs along the axes for at least 6 blocks."""
+    straight = total = 0
+    for turned in (mask, mask.T):
+        steps = (turned[1:] != turned[:-1]).astype(np.uint8)
+        total += int(steps.sum())
+        if steps.shape[1] >= 6:
+            long = cv2.morphologyEx(steps, cv2.MORPH_OPEN, np.ones((1, 6), np.uint8))
+            straight += int(long.sum())
+    return straight / max(1, total)
+
+
+def _runs(
+    count: NDArray[np.intp], exact: NDArray[np.intp], least: float
+) -> list[tuple[int, int]]:
+    """Return the grey ranges that hold at least `least` blocks: lone spikes, and what has gaps.
+
+    A spike stands in one or two levels with next to nothing beside it, so that padding a few
+    levels from the glass is still told from it.
+    """
+    count = count.copy()
+    runs = []
+    for level in np.argsort(exact)[::-1][:4]:
+        near = count[max(0, level - 1) : level + 2].sum()
+        skirt = count[max(0, level - 4) : level + 5].sum() - near
+        if exact[level] >= 4 * least and exact[level] > 0.85 * near and skirt < 0.12 * near:
+            runs.append((max(0, int(level) - 1), min(255, int(level) + 1)))
+            count[max(0, level - 1) : level + 2] = 0
     solid = np.convolve(count, np.ones(7), mode="same") >= max(3.0, 0.1 * least)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], solid.astype(np.int8), [0]])))
-    runs = []
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         filled = np.flatnonzero(count[start:stop]) + start
         if count[start:stop].sum() >= least:
@@ -144,52 +193,90 @@ def _padding(
         # Ringing of strong JPEG compression moves pixels beside an edge by tens of levels.
         slack = 40 if high < _PAD_DARK else 10
         padding |= (reach > 0) & (full >= max(0, low - slack)) & (full <= min(255, high + slack))
-    grown: NDArray[np.uint8] = cv2.dilate(padding.astype(np.uint8), np.ones((3, 3), np.uint8))
-    return grown > 0
+    # Two more pixels, where resampling has mixed padding with glass.
+    return np.asarray(cv2.dilate(padding.view(np.uint8), np.ones((5, 5), np.uint8)) > 0)
 
 
 def _shrunk(mask: Bools, size: tuple[int, int]) -> Bools:
+    """Return the blocks that hold any pixel of `mask`."""
     share = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA)
     return np.asarray(share > 0)
 
 
-def _brightest(rgb: NDArray[np.uint8], where: Bools) -> tuple[Floats, bool]:
-    """Return the colour of the brightest near-neutral pixels, or the assumed one."""
-    pixels = rgb[where].astype(np.int16)
-    if len(pixels) > 200_000:
-        pixels = pixels[:: len(pixels) // 200_000]
-    pale = pixels[(pixels.max(1) - pixels.min(1) <= 24) & (pixels.min(1) >= 150)]
-    if len(pale) < max(4, 0.01 * len(pixels)):
-        return _ASSUMED.copy(), False
-    brightness = pale.sum(1)
-    top = pale[brightness >= np.percentile(brightness, 60)]
-    return np.median(top, axis=0).astype(np.float32), True
+def _brightest(
+    small: NDArray[np.uint8], grey: NDArray[np.uint8], usable: Bools, pads: list[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Return the grey range of the brightest near-neutral blocks, where there are enough.
+
+    For glass that shows only as a thin margin around tissue.
+    """
+    pale = usable & (small.max(axis=2) - small.min(axis=2) <= 24) & (grey >= 130)
+    for _, high in pads:
+        if high >= 120:
+            pale &= grey > high + 6
+    if np.count_nonzero(pale) < max(6.0, 0.006 * grey.size):
+        return None
+    high = int(np.percentile(grey[pale], 98))
+    return max(0, high - 8), high
+
+
+def _margin_colour(
+    rgb: NDArray[np.uint8], padding: Bools, level: int
+) -> Floats | None:
+    """Return the glass colour seen in a thin margin between padding and tissue, if only there.
+
+    Some scanners keep tissue with a narrow margin and fill in the rest, along ragged lines. Any
+    flat area of such an overview is tissue, and the margin is brighter.
+    """
+    if padding.mean() < 0.02 or _straightness(padding) > _PAD_STRAIGHT:
+        return None
+    wide = cv2.dilate(padding.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    ring = wide & ~padding
+    pixels = rgb[ring].astype(np.float32)
+    grey = pixels.mean(axis=1)
+    bright = grey >= np.percentile(grey, 60) if len(grey) else ring[:0, 0]
+    if np.count_nonzero(bright) < 20:
+        return None
+    colour = np.median(pixels[bright], axis=0)
+    inside = cv2.erode((~wide).view(np.uint8), np.ones((9, 9), np.uint8)) > 0
+    usual = float(np.median(rgb[inside].mean(axis=1))) if inside.any() else 0.0
+    neutral = np.ptp(colour) <= 0.12 * colour.max()
+    if neutral and colour.mean() >= 120 and colour.mean() > max(usual, level - 12) + 2:
+        return np.asarray(colour, np.float32)
+    return None
 
 
 def _fit_light(
-    small: NDArray[np.uint8], flat: Bools, glass_range: tuple[int, int]
+    small: NDArray[np.uint8], flat: Bools, usable: Bools, glass_range: tuple[int, int]
 ) -> tuple[Floats, Floats]:
-    """Fit glass colour and a smooth falloff of light to the upper envelope of flat blocks.
+    """Fit glass colour and a smooth falloff of light to the upper envelope of the blocks.
 
     What lies below the fit counts less with every round: tissue and shadows only darken.
     """
     height, width = flat.shape
-    rows, columns = np.nonzero(flat)
+    grey_floor = int(0.7 * glass_range[0])
+    rows, columns = np.nonzero(usable & (small.min(axis=2) >= max(1, grey_floor)))
+    prior = np.where(flat[rows, columns], 1.0, 0.15)
     logs = np.log(np.maximum(small[rows, columns].astype(np.float64), 1))
     level = logs.mean(axis=1)
     tints = logs[:, :2] - logs[:, 2:]
     low, high = np.log(max(1, glass_range[0] - 1)), np.log(glass_range[1] + 1)
-    weight = ((level >= low) & (level <= high)).astype(np.float64)
+    inside = (level >= low) & (level <= high)
     design = _quadratic(rows, columns, (height, width))
-    start = float(np.percentile(level[weight > 0], 70))
+    start = float(np.percentile(level[inside], 70)) if inside.any() else float(high)
     fitted = np.full(len(level), start)
-    tint = np.median(tints[(weight > 0) & (level >= start - 0.02)], axis=0)
+    near = inside & (level >= start - 0.02)
+    tint = np.median(tints[near if near.any() else inside], axis=0)
     coefficients = np.array([start, 0, 0, 0, 0, 0.0])
     for tolerance in (0.10, 0.06, 0.04, 0.025, 0.016, 0.012, 0.012):
-        below = np.minimum(level - fitted, 0) / tolerance
-        above = np.maximum(level - fitted, 0) / (3 * tolerance)
-        off_tint = np.abs(tints - tint).max(axis=1) / max(tolerance, 0.02)
-        weight = np.exp(-(below**2) - above**2 - off_tint**2)
+        residual = level - fitted
+        if tolerance < 0.05:
+            tint = _brightest_tint(tints, residual, prior, tint)
+        below = np.minimum(residual, 0) / tolerance
+        above = np.maximum(residual, 0) / max(3 * tolerance, 0.06)
+        off_tint = np.abs(tints - tint).max(axis=1) / max(0.5 * tolerance, 0.012)
+        weight = prior * np.exp(-(below**2) - above**2 - off_tint**2)
+        weight *= np.where(residual > 0, 3.0, 1.0)
         total = weight.sum()
         if total < 3:
             break
@@ -197,19 +284,46 @@ def _fit_light(
         weighted = design * weight[:, None]
         coefficients = np.linalg.solve(design.T @ weighted + pull, weighted.T @ level)
         fitted = design @ coefficients
-        near = weight > 0.5
-        if near.any():
-            tint = np.median(tints[near], axis=0)
     yy, xx = np.mgrid[:height, :width]
     surface = (_quadratic(yy.ravel(), xx.ravel(), (height, width)) @ coefficients).reshape(
         height, width
     )
-    top = float(surface[flat].max())
+    top = float(surface[usable].max())
     # Extrapolated light stays within what was seen on glass.
     falloff = np.clip(top - surface, 0, 0.5).astype(np.float32)
     blue = top - tint.sum() / 3
     colour = np.exp([blue + tint[0], blue + tint[1], blue])
     return np.minimum(colour, 255).astype(np.float32), falloff
+
+
+def _brightest_tint(
+    tints: NDArray[np.float64],
+    residual: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    current: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Return the tint (ln red/blue, ln green/blue) of the brightest of the common tints.
+
+    Faint tissue may cover more blocks than glass does, but it is darker.
+    """
+    step = 0.004
+    near = (np.abs(tints - current).max(axis=1) < 0.12) & (np.abs(residual) < 0.08)
+    if np.count_nonzero(near) < 10:
+        return current
+    cells = np.rint((tints[near] - current) / step).astype(np.int64) + 32
+    count = np.bincount(cells[:, 0] * 65 + cells[:, 1], weights=weight[near], minlength=65 * 65)
+    density = cv2.GaussianBlur(count.reshape(65, 65), (0, 0), 1.3)
+    peaks = (density == cv2.dilate(density, np.ones((5, 5)))) & (density > 0.15 * density.max())
+    best, best_light = current, -np.inf
+    for cell in np.argwhere(peaks):
+        tint = current + (cell - 32) * step
+        own = near & (np.abs(tints - tint).max(axis=1) < 0.008)
+        if own.sum() < 5:
+            continue
+        light = float(np.percentile(residual[own], 60))
+        if light > best_light:
+            best, best_light = np.median(tints[own], axis=0), light
+    return best
 
 
 def _quadratic(

@@ -10,6 +10,7 @@ edge and across tissue.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,6 +23,9 @@ MIN_STROKE_UM = 50.0
 """Thinner lines are not called ink."""
 
 MIN_MARK_UM2 = 12_000.0
+MIN_SURE_SHARE = 0.1
+"""Least part of a mark that the strict rule accepts; dense tissue has it here and there."""
+
 SPREAD_UM = 24.0
 """How far the ink's blurred edge is counted with it."""
 
@@ -66,7 +70,7 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
         if core.any():
             wide = ((loose | strict) & ~void).astype(np.uint8)
             wide = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
-            pen |= _touching(wide, core, MIN_MARK_UM2 / mpp**2)
+            pen |= _touching(wide, cv2.dilate(core, thick), MIN_MARK_UM2 / mpp**2)
     reach = 2 * max(1, round(SPREAD_UM / mpp)) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))
     pen = cv2.morphologyEx(pen, cv2.MORPH_CLOSE, kernel)
@@ -99,13 +103,11 @@ def _black(c: _Channels) -> tuple[Bools, Bools]:
     return strict, loose
 
 
-def _touching(
-    mask: NDArray[np.uint8], core: NDArray[np.uint8], least_px: float
-) -> NDArray[np.uint8]:
-    """Keep the components of `mask` that hold a pixel of `core` and are large enough."""
+def _touching(mask: NDArray[Any], core: NDArray[Any], least_px: float) -> NDArray[np.uint8]:
+    """Keep the components of `mask` that are large enough and to a fair part sure ink."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    keep = (stats[:, cv2.CC_STAT_AREA] >= least_px).astype(np.uint8)
+    area = stats[:, cv2.CC_STAT_AREA]
+    sure = np.bincount(labels[core > 0], minlength=len(area))
+    keep = ((area >= least_px) & (sure >= MIN_SURE_SHARE * area)).astype(np.uint8)
     keep[0] = 0
-    held = np.zeros_like(keep)
-    held[np.unique(labels[core > 0])] = 1
-    return (keep & held)[labels]
+    return np.asarray(keep[labels])

@@ -10,6 +10,7 @@ tissue a few grey levels from the glass is still found.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,6 +27,15 @@ FINEST_MPP = 6.0
 
 MIN_FRAGMENT_UM2 = 12_000.0
 MIN_HOLE_UM2 = 10_000.0
+CUT_SHARE = 0.5
+"""Share of the local tissue's darkness at which its border is drawn."""
+
+SURE_TINT = 6.0
+"""Difference of channels in grey levels that coarse JPEG does not make of a shadow."""
+
+LEAST_CUT = 2.0
+FAINT_CUT = 6.0
+"""Borders of fainter tissue are drawn from a smoothed image: noise would fray them."""
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -79,125 +89,196 @@ def segment_tissue(
         tissue, pen, fold = (mask & ~unreadable for mask in (tissue, pen, fold))
     red, green, blue = (round(float(channel)) for channel in glass.colour)
     return TissueMap(
-        tissue=tissue & ~pen,
+        tissue=tissue,
         pen=pen,
-        fold=fold & tissue & ~pen,
+        fold=fold,
         mpp=mpp,
         background=(red, green, blue),
     )
 
 
-def _enlarged(mask: Bools, size: tuple[int, int]) -> Bools:
-    soft = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_LINEAR)
-    return np.asarray(soft > 127)
-
-
 def _segment(
     rgb: NDArray[np.uint8], glass: Glass, void: Bools, mpp: float
 ) -> tuple[Bools, Bools, Bools]:
-    """Return tissue (ink not yet taken out), pen and fold masks at the working resolution."""
-    height, width = rgb.shape[:2]
-    half_size = (max(1, (width + 1) // 2), max(1, (height + 1) // 2))
-    absorbed = _absorption(cv2.resize(rgb, half_size, interpolation=cv2.INTER_AREA), glass)
-    half_void = cv2.resize(void.astype(np.uint8), half_size, interpolation=cv2.INTER_NEAREST) > 0
+    """Return tissue, pen and fold masks at the working resolution."""
+    full = (rgb.shape[1], rgb.shape[0])
+    half = (max(1, (full[0] + 1) // 2), max(1, (full[1] + 1) // 2))
+    absorbed = _absorption(cv2.resize(rgb, half, interpolation=cv2.INTER_AREA), glass)
     # The share of light lost to uneven illumination is no absorption.
-    falloff = _falloff_at(glass, half_size, (width, height))
-    absorbed -= falloff[..., None]
+    absorbed -= _falloff_at(glass, half, full)[..., None]
+    half_void = _nearest(void, half)
     absorbed[half_void] = 0
 
     pen = find_pen(absorbed, half_void, 2 * mpp)
-    tinted, darkness = _tinted(absorbed, half_void, mpp)
+    away = half_void | pen
     level = float(glass.colour.mean())
-    dark_full = _grey_absorption(rgb, glass) - _falloff_at(glass, (width, height), (width, height))
-    dark_full *= level
-    cut = _threshold(darkness, tinted, half_void | pen)
-    cut = cv2.resize(cut, (width, height), interpolation=cv2.INTER_LINEAR)
-    near = cv2.resize(tinted.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-    tissue = (dark_full > cut) & (near > 0) & ~void
-    full_pen = _enlarged(pen, (width, height))
-    tissue = _cleaned(tissue & ~full_pen, mpp) & ~full_pen
-    tissue &= ~void
-    half_tissue = (
-        cv2.resize(tissue.astype(np.uint8), half_size, interpolation=cv2.INTER_NEAREST) > 0
-    )
-    fold_half = find_folds(absorbed, half_tissue & ~pen, 2 * mpp)
-    return (
-        tissue,
-        full_pen & ~void,
-        _enlarged(fold_half, (width, height)) & tissue,
-    )
+    soft = cv2.GaussianBlur(absorbed, (0, 0), 1.2)
+    dark = _as_floats(cv2.transform(soft, np.full((1, 3), level / 3, np.float32)))
+    stained, tint = _stained(soft, dark, away, level)
+    usual = _usual_darkness(dark, stained)
+    # A share of the light, not of its logarithm: that is what blur mixes.
+    cut = -level * np.log1p(CUT_SHARE * np.expm1(-usual / level))
+    cut = np.maximum(cut, LEAST_CUT)
+    coarse = _without_soft(stained & (dark > cut) & ~away, dark, tint, away)
+    # Pale or neutral parts amid tissue: below the cut or without a tint, but not in the blur
+    # along a border.
+    pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
+    pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    pale &= cv2.blur(coarse.astype(np.float32), (25, 25)) > 0.55
+    tissue = _sharpened(rgb, glass, coarse, stained & near, cut, level) | _enlarged(pale, full)
+    full_pen = _enlarged(pen, full)
+    tissue &= ~void & ~full_pen
+    if pen.any():
+        # The halo of ink is tinted as well: beside ink, tissue has to be more than a rim.
+        beside = cv2.dilate(full_pen.view(np.uint8), np.ones((15, 15), np.uint8)) > 0
+        solid = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9), np.uint8))
+        tissue &= ~beside | (solid > 0)
+    tissue = _cleaned(tissue, mpp) & ~void & ~full_pen
+    fold = find_folds(absorbed, _nearest(tissue, half) & ~pen, 2 * mpp)
+    return tissue, full_pen & ~void, _enlarged(fold, full) & tissue
 
 
-def _absorption(rgb: NDArray[np.uint8], glass: Glass) -> Floats:
+def _as_floats(array: NDArray[Any]) -> Floats:
+    return np.asarray(array, np.float32)
+
+
+def _nearest(mask: Bools, size: tuple[int, int]) -> Bools:
+    return np.asarray(cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0)
+
+
+def _enlarged(mask: Bools, size: tuple[int, int]) -> Bools:
+    soft = cv2.resize(mask.view(np.uint8) * 255, size, interpolation=cv2.INTER_LINEAR)
+    return np.asarray(soft > 127)
+
+
+def _absorption(rgb: NDArray[Any], glass: Glass) -> Floats:
     """Return ln(glass / pixel) per channel, (H, W, 3) float32."""
     values = np.maximum(np.arange(256, dtype=np.float32), 1)[:, None]
     table = np.log(glass.colour) - np.log(values)
-    return np.asarray(cv2.LUT(rgb, table.reshape(1, 256, 3).astype(np.float32)))
-
-
-def _grey_absorption(rgb: NDArray[np.uint8], glass: Glass) -> Floats:
-    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    level = float(glass.colour @ np.array([0.299, 0.587, 0.114], np.float32))
-    table = np.log(level) - np.log(np.maximum(np.arange(256, dtype=np.float32), 1))
-    dark: Floats = np.asarray(cv2.LUT(grey, table.reshape(1, 256).astype(np.float32)))
-    return np.asarray(cv2.GaussianBlur(dark, (3, 3), 0))
+    return _as_floats(cv2.LUT(rgb, table.reshape(1, 256, 3).astype(np.float32)))
 
 
 def _falloff_at(glass: Glass, size: tuple[int, int], full: tuple[int, int]) -> Floats:
+    """Return the falloff on a grid of `size` that covers the `full` (width, height) pixels."""
     blocks = glass.falloff
-    scale = (size[0] / full[0], size[1] / full[1])
     covered = (
-        round(blocks.shape[1] * BLOCK_PX * scale[0]),
-        round(blocks.shape[0] * BLOCK_PX * scale[1]),
+        max(size[0], round(blocks.shape[1] * BLOCK_PX * size[0] / full[0])),
+        max(size[1], round(blocks.shape[0] * BLOCK_PX * size[1] / full[1])),
     )
-    large = cv2.resize(blocks, covered, interpolation=cv2.INTER_LINEAR)
-    return large[: size[1], : size[0]]
+    return _as_floats(cv2.resize(blocks, covered, interpolation=cv2.INTER_LINEAR))[
+        : size[1], : size[0]
+    ]
 
 
-def _tinted(absorbed: Floats, void: Bools, mpp: float) -> tuple[Bools, Floats]:
-    level = 230.0
-    soft = cv2.GaussianBlur(absorbed, (0, 0), 1.5)
-    red, green, blue = cv2.split(soft)
+def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Bools, Floats]:
+    """Return where the neighbourhood is tinted as only stain is, and the tint itself.
+
+    Very dark places count as tinted: no shade goes so far.
+    """
+    size = (max(1, dark.shape[1] // 2), max(1, dark.shape[0] // 2))
+    small = cv2.resize(soft, size, interpolation=cv2.INTER_AREA) * np.float32(level)
+    small = _as_floats(cv2.GaussianBlur(small, (0, 0), 1.0))
+    small_away = _nearest(away, size)
+    mean = small.mean(axis=2)
+    clear = ~small_away & (np.abs(mean) < 1.2)
+    if np.count_nonzero(clear) < 0.02 * clear.size:
+        clear = ~small_away & (np.abs(mean) < 4)
+    base, noise = np.zeros(3, np.float32), 0.5
+    if np.count_nonzero(clear) > 30:
+        offsets = small[clear] - mean[clear][:, None]
+        base = np.median(offsets, axis=0)
+        noise = float(np.median(np.ptp(offsets - base, axis=1)))
+    small -= base
+    red, green, blue = cv2.split(small)
     tint = cv2.max(cv2.max(red, green), blue) - cv2.min(cv2.min(red, green), blue)
-    dark = (red + green + blue) * np.float32(1 / 3)
-    tint *= level
-    dark *= level
-    clear = (np.abs(dark) < 4) & ~void
-    if np.count_nonzero(clear) > 50:
-        base = float(np.median(tint[clear]))
-        spread = float(np.median(np.abs(tint[clear] - base))) * 1.5
-    else:
-        base, spread = 0.5, 0.5
-    strong = max(1.5, base + 4 * spread)
-    mask = ((tint > strong) & (dark > 2)) | (dark > 70)
-    return mask & ~void, np.asarray(dark)
+    least = max(1.2, 2.2 * noise)
+    seeds = (tint > least) & (tint > 0.2 * mean) & (mean > 1.2)
+    seeds |= mean > 80
+    seeds &= ~small_away
+    seeds = cv2.morphologyEx(seeds.view(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+    near = cv2.dilate(seeds, np.ones((3, 3), np.uint8))
+    full = (dark.shape[1], dark.shape[0])
+    wide = _as_floats(cv2.resize(tint, full, interpolation=cv2.INTER_NEAREST))
+    return _nearest(near > 0, full) & ~away, wide
 
 
-def _threshold(dark: Floats, tinted: Bools, away: Bools) -> Floats:
-    """Return the darkness above which a pixel is tissue, from the tissue around it."""
-    weight = (tinted & ~away).astype(np.float32)
+def _usual_darkness(dark: Floats, stained: Bools) -> Floats:
+    """Return the mean darkness, in grey levels, of the tissue around each pixel: (H, W)."""
     size = (max(1, dark.shape[1] // 4), max(1, dark.shape[0] // 4))
-    total = cv2.boxFilter(cv2.resize(weight, size, interpolation=cv2.INTER_AREA), -1, (9, 9))
-    amount = cv2.boxFilter(
-        cv2.resize(weight * np.minimum(dark, 120), size, interpolation=cv2.INTER_AREA), -1, (9, 9)
-    )
-    mean = amount / np.maximum(total, 1e-3)
-    cut = np.clip(0.4 * mean, 2.0, 22.0).astype(np.float32)
-    return np.asarray(cv2.resize(cut, (dark.shape[1], dark.shape[0])))
+    sure = (stained & (dark > 2)).astype(np.float32)
+    amount = cv2.resize(sure * dark, size, interpolation=cv2.INTER_AREA)
+    weight = cv2.resize(sure, size, interpolation=cv2.INTER_AREA)
+    mean = cv2.blur(amount, (9, 9)) / np.maximum(cv2.blur(weight, (9, 9)), 1e-3)
+    return _as_floats(cv2.resize(mean, (dark.shape[1], dark.shape[0])))
+
+
+def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
+    """Drop faint components without a border: shade whose tint is an artefact of compression.
+
+    Tissue stops within a pixel or two; around a shadow it is as dark as just inside it.
+    """
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    area = stats[:, cv2.CC_STAT_AREA].astype(np.float64)
+    at = labels[mask]
+    darkness = np.bincount(at, weights=dark[mask], minlength=count) / area
+    tinted = np.bincount(at, weights=tint[mask], minlength=count) / area
+    doubtful = (darkness < 25) & (tinted < SURE_TINT)
+    doubtful[0] = False
+    if not doubtful.any():
+        return mask
+    # Labels grown outwards; where two components meet, the later one has the ring between them.
+    grown = cv2.dilate(labels.astype(np.float32), np.ones((7, 7), np.uint8)).astype(np.int32)
+    beside = cv2.dilate((mask | away).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    ring = ~beside & (grown > 0) & doubtful[grown]
+    around = grown[ring]
+    shaded = dark[ring] > 0.5 * darkness[around]
+    soft = np.bincount(around, weights=shaded, minlength=count)
+    soft /= np.maximum(np.bincount(around, minlength=count), 1)
+    return np.asarray(mask & ~(doubtful & (soft > 0.5))[labels])
+
+
+def _sharpened(
+    rgb: NDArray[np.uint8],
+    glass: Glass,
+    coarse: Bools,
+    stained: Bools,
+    cut: Floats,
+    level: float,
+) -> Bools:
+    """Redraw the coarse mask at full resolution where the contrast is worth it."""
+    full = (rgb.shape[1], rgb.shape[0])
+    half = (coarse.shape[1], coarse.shape[0])
+    grey = cv2.GaussianBlur(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), (3, 3), 0)
+    # Half grey levels in bytes: eight times less memory traffic than floats of both images.
+    white = float(glass.colour @ np.array([0.299, 0.587, 0.114], np.float32))
+    shades = np.log(white) - np.log(np.maximum(np.arange(256), 1))
+    table = np.clip(np.rint(shades * level * 2), 0, 255).astype(np.uint8)
+    limit = np.clip(2 * (cut + _falloff_at(glass, half, full) * level), 0, 254)
+    limit = cv2.resize(limit.astype(np.uint8), full, interpolation=cv2.INTER_LINEAR)
+    fine = cv2.LUT(grey, table.reshape(1, 256)) > limit
+    clear_cut = _nearest(cut > FAINT_CUT, full)
+    near = _nearest(stained, full)
+    return np.asarray((fine & near & clear_cut) | (_enlarged(coarse, full) & ~clear_cut))
 
 
 def _cleaned(tissue: Bools, mpp: float) -> Bools:
     """Close cracks, fill small holes, drop specks."""
-    mask = tissue.astype(np.uint8)
+    mask = tissue.view(np.uint8)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
+    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
     mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
-    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel, iterations=2)
-    mask = _without_small(mask, MIN_FRAGMENT_UM2 / mpp**2)
-    return _without_small(1 - mask, MIN_HOLE_UM2 / mpp**2) == 0
-
-
-def _without_small(mask: NDArray[np.uint8], least_px: float) -> NDArray[np.uint8]:
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
-    keep = (stats[:, cv2.CC_STAT_AREA] >= least_px).astype(np.uint8)
-    keep[0] = 0
-    return keep[labels]
+    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    specks, holes = [], []
+    for contour in contours:
+        # Positive area: outlines run through the centres of the outermost pixels, those of
+        # holes (negative) through the pixels around them.
+        area = cv2.contourArea(contour, oriented=True)
+        if area <= 0 and -area + len(contour) / 2 + 1 < MIN_FRAGMENT_UM2 / mpp**2:
+            specks.append(contour)
+        elif area > 0 and area - len(contour) / 2 + 1 < MIN_HOLE_UM2 / mpp**2:
+            holes.append(contour)
+    mask = np.ascontiguousarray(mask)
+    cv2.drawContours(mask, holes, -1, 1, cv2.FILLED)
+    cv2.drawContours(mask, specks, -1, 0, cv2.FILLED)
+    return np.asarray(mask > 0)
