@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bagscope.wsi.geometry import ReadPlan, plan_read
-from bagscope.wsi.jpeg_stream import complete_stream
+from bagscope.wsi.jpeg_stream import cached_buffer, complete_stream
 from bagscope.wsi.jpegtiff_backend import JpegTiffSlide
 from bagscope.wsi.opening import open_slide
 from bagscope.wsi.stored_tiles import stored_levels
@@ -46,11 +46,14 @@ OPENSLIDE_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing that is timed, and how many tiles it makes."""
+    """One thing that is timed, and how many tiles it makes.
+
+    `start` opens what is read, with empty caches, and returns what is timed.
+    """
 
     name: str
     tiles: int
-    run: Callable[[], None]
+    start: Callable[[], Callable[[], None]]
 
 
 def build_slide(path: Path, seed: int = 0) -> None:
@@ -112,44 +115,54 @@ def stored_streams(path: Path, corners: NDArray[np.int32], edge_px: int) -> list
     return streams
 
 
-def raw_decode(streams: list[bytes]) -> Callable[[], None]:
-    buffer = np.empty((256, 256, 3), np.uint8)
+def raw_decode(streams: list[bytes]) -> Callable[[], Callable[[], None]]:
+    buffer = cached_buffer(256, 256)
 
     def run() -> None:
         for stream in streams:
             simplejpeg.decode_jpeg(stream, "RGB", buffer=buffer)
 
-    return run
+    return lambda: run
 
 
 def ours(
-    path: Path, corners: NDArray[np.int32], plan: ReadPlan, threads: int, downscale: str = "area"
-) -> Callable[[], None]:
+    path: Path, corners: NDArray[np.int32], plan: ReadPlan, threads: int
+) -> Callable[[], Callable[[], None]]:
     out = np.empty((BATCH, plan.tile_px, plan.tile_px, 3), np.uint8)
 
-    def run() -> None:
-        with open_slide(path) as slide:
-            for start in range(0, len(corners), BATCH):
-                part = corners[start : start + BATCH]
-                slide.read_tiles(
-                    part, plan, threads=threads, out=out[: len(part)], downscale=downscale
-                )
+    def start() -> Callable[[], None]:
+        slide = open_slide(path)
 
-    return run
+        def run() -> None:
+            for first in range(0, len(corners), BATCH):
+                part = corners[first : first + BATCH]
+                slide.read_tiles(part, plan, threads=threads, out=out[: len(part)])
+            slide.close()
+
+        return run
+
+    return start
 
 
-def theirs(path: Path, corners: NDArray[np.int32], plan: ReadPlan) -> Callable[[], None]:
-    """OpenSlide as tools use it: read_region, PIL, resize where the scale differs."""
+def theirs(
+    path: Path, corners: NDArray[np.int32], plan: ReadPlan
+) -> Callable[[], Callable[[], None]]:
+    """Read as tools do with OpenSlide: read_region, PIL, resize where the scale differs."""
 
-    def run() -> None:
-        with openslide.OpenSlide(path) as slide:
+    def start() -> Callable[[], None]:
+        slide = openslide.OpenSlide(path)
+
+        def run() -> None:
             for x, y in corners.tolist():
                 image = slide.read_region((x, y), 0, (plan.region_px,) * 2).convert("RGB")
                 if plan.region_px != plan.tile_px:
                     image = image.resize((plan.tile_px,) * 2, Image.Resampling.BILINEAR)
                 np.asarray(image)
+            slide.close()
 
-    return run
+        return run
+
+    return start
 
 
 def check_pixels(path: Path, corners: NDArray[np.int32], plan: ReadPlan) -> None:
@@ -174,10 +187,11 @@ def measure(cases: list[Case], rounds: int) -> dict[str, float]:
     rates: dict[str, list[float]] = {case.name: [] for case in cases}
     for round_ in range(rounds + 1):
         for case in cases:
-            start = time.perf_counter()
-            case.run()
+            run = case.start()
+            begin = time.perf_counter()
+            run()
             if round_:  # the first round fills the page cache
-                rates[case.name].append(case.tiles / (time.perf_counter() - start))
+                rates[case.name].append(case.tiles / (time.perf_counter() - begin))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Self
 
 from bagscope.errors import ReadError
 from bagscope.wsi.geometry import ReadPlan
-from bagscope.wsi.jpeg_stream import chroma_subsampling, complete_stream, decode_rgb
+from bagscope.wsi.jpeg_stream import cached_buffer, chroma_subsampling, complete_stream, decode_rgb
 from bagscope.wsi.openslide_backend import OpenSlideSlide
 from bagscope.wsi.reading import (
     Crew,
     Problems,
     corners_lv,
+    halve_into,
     prepare_batch,
     require_level,
     resize_into,
@@ -29,13 +30,15 @@ from bagscope.wsi.reading import (
 from bagscope.wsi.slide import Downscale, RectL0, SlideInfo, TileBatch
 from bagscope.wsi.stored_tiles import stored_levels
 from bagscope.wsi.tiff_directory import read_structure
-from bagscope.wsi.tile_assembly import Pieces, TileGrid, assemble, plan_requests
+from bagscope.wsi.tile_assembly import TileGrid, TileStore, assemble, plan_assembly
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 _DCT_MOST = 8
+_REGION_BYTES = 32 << 20
+"""What the regions that are read at a time and then resized may weigh."""
 _DCT_SUBSAMPLINGS = ("444", "420", "Gray")
 """Where DCT-scaled decoding stays 40 dB or more from the area mean; 4:2:2 does not."""
 
@@ -65,7 +68,7 @@ class JpegTiffSlide:
             raise
         self._file_bytes = os.fstat(self._descriptor).st_size
         self._subsampling: dict[int, str] = {}
-        self._at_hand: tuple[_Kind, dict[int, NDArray[np.uint8] | None]] | None = None
+        self._store: tuple[_Kind, TileStore] | None = None
 
     # --- the protocol -----------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ class JpegTiffSlide:
         require_level(self.info, level, width_px, height_px)
         stored = self._levels[level]
         out = np.empty((height_px, width_px, 3), np.uint8)
-        tile = np.empty((stored.tile_height_px, stored.tile_width_px, 3), np.uint8)
+        tile = cached_buffer(stored.tile_height_px, stored.tile_width_px)
         tile_width, tile_height = stored.tile_width_px, stored.tile_height_px
         columns = range(
             max(0, x_lv // tile_width), min(stored.across, -(-(x_lv + width_px) // tile_width))
@@ -99,11 +102,10 @@ class JpegTiffSlide:
             for column in columns:
                 left = column * tile_width - x_lv
                 x0, x1 = max(left, 0), min(left + tile_width, width_px)
-                pixels = self._stored_tile(level, row * stored.across + column, tile)
-                if pixels is None:
-                    out[y0:y1, x0:x1] = self.info.background
+                if self._stored_tile(level, row * stored.across + column, tile):
+                    out[y0:y1, x0:x1] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
                 else:
-                    out[y0:y1, x0:x1] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+                    out[y0:y1, x0:x1] = self.info.background
         return out
 
     def read_tiles(
@@ -139,14 +141,13 @@ class JpegTiffSlide:
         with Crew(threads) as crew:
             for chosen, reduce in ((on_grid, factor), (~on_grid, 1)):
                 rows = np.flatnonzero(chosen)
+                kind = _Kind(plan.level, reduce, dct and reduce > 1)
                 if rows.size == 0:
                     continue
-                kind = _Kind(plan.level, reduce, dct and reduce > 1)
-                numbers = self._whole_tiles(positions[rows], plan, reduce)
-                if numbers is not None:
-                    self._read_whole(numbers.tolist(), rows.tolist(), plan, kind, batch, crew)
+                if plan.region_px == plan.tile_px * reduce:
+                    self._read_squares(positions[rows], rows, images, kind, batch, crew)
                 else:
-                    self._read_assembled(positions[rows], rows, plan, kind, batch, crew)
+                    self._read_resized(positions[rows], rows, plan, kind, batch, crew)
         return TileBatch(images=images, readable=readable, problems=problems.sentences())
 
     def read_associated(self, name: str) -> NDArray[np.uint8]:
@@ -181,7 +182,7 @@ class JpegTiffSlide:
         if descriptor >= 0:
             os.close(descriptor)
         self._openslide.close()
-        self._at_hand = None
+        self._store = None
 
     def __enter__(self) -> Self:
         return self
@@ -196,59 +197,45 @@ class JpegTiffSlide:
 
     # --- tiles ------------------------------------------------------------------------------
 
-    def _whole_tiles(
-        self, positions: NDArray[np.int64], plan: ReadPlan, reduce: int
-    ) -> NDArray[np.int64] | None:
-        """Return the numbers (N, rows, columns) of the stored tiles that each tile is made of.
-
-        None where some tile is made of parts, or a stored tile belongs to two of them.
-        """
-        import numpy as np
-
-        stored = self._levels[plan.level]
-        size = np.array([stored.tile_width_px, stored.tile_height_px])
-        if plan.region_px != plan.tile_px * reduce or (plan.region_px % size).any():
-            return None
-        first, span = positions // size, plan.region_px // size
-        grid = np.array([stored.across, stored.down])
-        if (positions % size).any() or (first < 0).any() or (first + span > grid).any():
-            return None
-        columns = first[:, 0, None] + np.arange(span[0])
-        tile_rows = first[:, 1, None] + np.arange(span[1])
-        numbers: NDArray[np.int64] = tile_rows[:, :, None] * stored.across + columns[:, None, :]
-        return numbers if np.unique(numbers).size == numbers.size else None
-
-    def _read_whole(
+    def _read_squares(
         self,
-        numbers: list[list[list[int]]],
-        rows: list[int],
-        plan: ReadPlan,
+        positions: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        squares: NDArray[np.uint8],
         kind: _Kind,
         batch: _Batch,
         crew: Crew,
+        places: list[int] | None = None,
     ) -> None:
-        """Decode, and reduce, straight into the batch: every stored tile has one place in it."""
-        stored = self._levels[plan.level]
-        height_px = stored.tile_height_px // kind.reduce
-        width_px = stored.tile_width_px // kind.reduce
-        scratch = threading.local()
+        """Read squares at level positions into `squares`, at `places` if not at `rows`."""
+        stored = self._levels[kind.level]
+        grid = TileGrid(
+            tile_width_gr=stored.tile_width_px // kind.reduce,
+            tile_height_gr=stored.tile_height_px // kind.reduce,
+            across=stored.across,
+            down=stored.down,
+        )
+        local = threading.local()
 
-        def read_one(i: int) -> None:
-            image = batch.images[rows[i]]
-            try:
-                for y, numbers_of_row in enumerate(numbers[i]):
-                    for x, number in enumerate(numbers_of_row):
-                        part = image[
-                            y * height_px : (y + 1) * height_px, x * width_px : (x + 1) * width_px
-                        ]
-                        if self._prepared_tile(number, kind, scratch, part) is None:
-                            part[...] = self.info.background
-            except ReadError as error:
-                batch.fail(rows[i], error)
+        def fill(number: int, out: NDArray[np.uint8]) -> bool:
+            return self._fill(number, kind, out, local)
 
-        crew.run(range(len(rows)), read_one)
+        store = self._take_store(kind)
+        faults = assemble(
+            plan_assembly(positions // kind.reduce, squares.shape[1], grid),
+            grid,
+            squares,
+            places if places is not None else rows.tolist(),
+            fill=fill,
+            background=self.info.background,
+            store=store,
+            crew=crew,
+        )
+        self._store = (kind, store)
+        for request, error in faults.items():
+            batch.fail(int(rows[request]), error)
 
-    def _read_assembled(
+    def _read_resized(
         self,
         positions: NDArray[np.int64],
         rows: NDArray[np.int64],
@@ -257,59 +244,43 @@ class JpegTiffSlide:
         batch: _Batch,
         crew: Crew,
     ) -> None:
-        """Put tiles together from parts of stored ones, these reduced beforehand."""
+        """Read whole regions, some at a time, and resize each into its place."""
         import numpy as np
 
-        stored = self._levels[plan.level]
-        reduce = kind.reduce
-        grid = TileGrid(
-            tile_width_gr=stored.tile_width_px // reduce,
-            tile_height_gr=stored.tile_height_px // reduce,
-            across=stored.across,
-            down=stored.down,
-        )
-        edge_gr = plan.region_px // reduce
-        resampled = edge_gr != plan.tile_px
-        scratch = threading.local()
-
-        def prepare(
-            number: int, buffer: NDArray[np.uint8] | None
-        ) -> NDArray[np.uint8] | ReadError | None:
-            if buffer is None:
-                buffer = np.empty((grid.tile_height_gr, grid.tile_width_gr, 3), np.uint8)
-            try:
-                return self._prepared_tile(number, kind, scratch, buffer)
-            except ReadError as error:
-                return error
-
-        def deliver(row: int, pieces: Pieces) -> None:
-            try:
-                if not resampled:
-                    pieces.paste_into(batch.images[row], self.info.background)
-                    return
-                region = getattr(scratch, "region", None)
-                if region is None:
-                    region = scratch.region = np.empty((edge_gr, edge_gr, 3), np.uint8)
-                pieces.paste_into(region, self.info.background)
-                resize_into(region, batch.images[row])
-            except ReadError as error:
-                batch.fail(row, error)
-
-        kept = self._at_hand
-        at_hand = kept[1] if kept is not None and kept[0] == kind else {}
-        for requests in plan_requests(positions // reduce, rows, edge_gr, grid):
-            at_hand = assemble(
-                requests, grid, prepare=prepare, deliver=deliver, at_hand=at_hand, crew=crew
+        region_px = plan.region_px
+        order = np.lexsort((positions[:, 0], positions[:, 1]))
+        share = max(crew.threads, _REGION_BYTES // (region_px * region_px * 3))
+        regions = np.empty((min(share, len(order)), region_px, region_px, 3), np.uint8)
+        for start in range(0, len(order), share):
+            part = order[start : start + share]
+            self._read_squares(
+                positions[part], rows[part], regions, kind, batch, crew, list(range(len(part)))
             )
-        # One assignment, so that threads which read at the same time need no lock.
-        self._at_hand = (kind, at_hand)
+            places = rows[part].tolist()
 
-    def _prepared_tile(
-        self, number: int, kind: _Kind, scratch: threading.local, out: NDArray[np.uint8]
-    ) -> NDArray[np.uint8] | None:
-        """Fill `out` with a stored tile reduced by a whole number; None where it is missing."""
-        import numpy as np
+            def resize_one(i: int, places: list[int] = places) -> None:
+                if batch.readable[places[i]]:
+                    resize_into(regions[i], batch.images[places[i]])
 
+            crew.run(range(len(part)), resize_one)
+
+    def _take_store(self, kind: _Kind) -> TileStore:
+        """Return what the last batch of this kind left, and nobody else has taken."""
+        with self._lock:
+            held, self._store = self._store, None
+        return held[1] if held is not None and held[0] == kind else TileStore()
+
+    def _fill(
+        self, number: int, kind: _Kind, out: NDArray[np.uint8], local: threading.local
+    ) -> bool:
+        """Fill `out` with a stored tile, reduced as asked; false where the tile is missing.
+
+        Args:
+            number: of the stored tile.
+            kind: level and reduction.
+            out: of the reduced tile's size, not necessarily contiguous.
+            local: this thread's memory.
+        """
         level, reduce = kind.level, kind.reduce
         if reduce == 1 and out.flags.c_contiguous:
             return self._stored_tile(level, number, out)
@@ -317,20 +288,24 @@ class JpegTiffSlide:
         # Background around the image, and what OpenSlide redraws, is there at full size only.
         plain = number not in stored.redrawn and not self._overhangs(level, number)
         decoded_at = min(reduce, _DCT_MOST) if kind.dct and plain else 1
-        shape = (stored.tile_height_px // decoded_at, stored.tile_width_px // decoded_at, 3)
-        full = getattr(scratch, "full", None)
+        # Halving four channels is vectorised in OpenCV and halving three is not.
+        channels = 4 if reduce == 2 and decoded_at == 1 else 3
+        shape = (stored.tile_height_px // decoded_at, stored.tile_width_px // decoded_at, channels)
+        full = getattr(local, "full", None)
         if full is None or full.shape != shape:
-            full = scratch.full = np.empty(shape, np.uint8)
-        pixels = self._stored_tile(level, number, full, decoded_at=decoded_at)
-        if pixels is None:
-            return None
-        resize_into(pixels, out)
-        return out
+            full = local.full = cached_buffer(*shape)
+        if not self._stored_tile(level, number, full, decoded_at=decoded_at):
+            return False
+        if channels == 4:
+            halve_into(full, out)
+        else:
+            resize_into(full, out)
+        return True
 
     def _stored_tile(
         self, level: int, number: int, out: NDArray[np.uint8], *, decoded_at: int = 1
-    ) -> NDArray[np.uint8] | None:
-        """Fill `out` with one stored tile, background beyond the level's edge; None if missing.
+    ) -> bool:
+        """Fill `out` with one stored tile, background beyond the level; false if missing.
 
         Raises:
             ReadError: it lies beyond the end of the file, or does not decode.
@@ -338,18 +313,18 @@ class JpegTiffSlide:
         stored = self._levels[level]
         if number in stored.redrawn:
             if level == 0:
-                return None
-            out[...] = self._redrawn_tile(level, number)
-            return out
+                return False
+            out[..., :3] = self._redrawn_tile(level, number)
+            return True
         if stored.byte_counts[number] == 0:
-            return None
+            return False
         decode_rgb(self._stream(level, number), out, reduce=decoded_at)
         if self._overhangs(level, number):
             right = stored.width_lv - number % stored.across * stored.tile_width_px
             below = stored.height_lv - number // stored.across * stored.tile_height_px
-            out[:, max(0, right) :] = self.info.background
-            out[max(0, below) :] = self.info.background
-        return out
+            out[:, max(0, right) :, :3] = self.info.background
+            out[max(0, below) :, :, :3] = self.info.background
+        return True
 
     def _stream(self, level: int, number: int) -> bytes:
         stored = self._levels[level]
@@ -416,7 +391,7 @@ class _Kind:
 class _Batch:
     """A batch while it is filled."""
 
-    __slots__ = ("_background", "_corners_l0", "_problems", "_readable", "images")
+    __slots__ = ("_background", "_corners_l0", "_problems", "images", "readable")
 
     def __init__(
         self,
@@ -428,13 +403,13 @@ class _Batch:
     ) -> None:
         self._corners_l0 = corners_l0
         self.images = images
-        self._readable = readable
+        self.readable = readable
         self._problems = problems
         self._background = background
 
     def fail(self, row: int, error: ReadError) -> None:
         """Mark a tile as unreadable."""
-        self._readable[row] = False
+        self.readable[row] = False
         self.images[row] = self._background
         x_l0, y_l0 = self._corners_l0[row].tolist()
         self._problems.add(str(error), row, x_l0, y_l0)

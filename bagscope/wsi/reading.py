@@ -45,6 +45,19 @@ def resize_into(region: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
         out[...] = resized
 
 
+def halve_into(region: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Halve `region` (2H, 2W, 4), whose last channel is padding, into `out` (H, W, 3).
+
+    The result is that of `resize_into` without the padding.
+    """
+    import cv2
+
+    padded = cv2.resize(region, (out.shape[1], out.shape[0]), interpolation=cv2.INTER_AREA)
+    plain = cv2.cvtColor(padded, cv2.COLOR_RGBA2RGB, dst=out)
+    if plain is not out:
+        out[...] = plain
+
+
 def corners_lv(corners_l0: NDArray[np.int32], plan: ReadPlan) -> NDArray[np.int64]:
     """Return the pixels of the plan's level that level-0 corners fall on: (N, 2) int64.
 

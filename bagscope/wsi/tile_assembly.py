@@ -1,37 +1,37 @@
-"""Cutting requested tiles out of stored ones, each stored tile prepared once.
+"""Cutting requested squares out of stored tiles, each stored tile decoded once.
 
-A request is a square of the level, or of the level reduced by a whole number; it is put together
-from the stored tiles that it touches. Requests are worked off in waves: in each, all threads
-together deliver the requests of the wave before and prepare the stored tiles of this one. Nobody
-waits for another's dictionary, nothing is prepared twice, and a prepared tile's memory goes to
-another one after its last use.
+Work goes by stored tile and not by request: a tile is decoded into memory that is still in the
+processor's cache, and every part of it that some request shows is copied to its place at once.
+So no decoded tile has to be kept while a batch is read, threads share nothing that they change
+but disjoint places of the result, and nobody waits for anybody. Only tiles that the next batch
+will want as well, when batches go over a slide in raster order, outlast a batch.
 
 Frames: `_gr` pixels of the grid, that is of the level after its whole-number reduction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bagscope.errors import ReadError
-from bagscope.wsi.reading import Crew
+from bagscope.wsi.jpeg_stream import cached_buffer
 from bagscope.wsi.slide import Rgb
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BUDGET_BYTES = 128 << 20
-"""What prepared tiles may weigh while a batch is read, unless one request alone needs more."""
+    from bagscope.wsi.reading import Crew
+
 KEEP_BYTES = 64 << 20
-"""What prepared tiles may weigh between two batches."""
-_WAVE_TILES = 8
-_WAVE_TILES_PER_THREAD = 32
-"""Stored tiles per wave: few, so that they are still in the processor's cache when they are cut;
-with several threads more, since at the end of each wave they wait for each other."""
+"""What decoded tiles may weigh between two batches."""
+
+Fill = Callable[[int, "NDArray[np.uint8]"], bool]
+"""Fills an array with a stored tile by its number; false where the tile is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,205 +45,200 @@ class TileGrid:
 
     @property
     def tile_bytes(self) -> int:
-        """Return what one prepared tile weighs."""
+        """Return what a decoded tile weighs."""
         return self.tile_width_gr * self.tile_height_gr * 3
 
 
+class Piece(NamedTuple):
+    """A part of a stored tile that is a part of a request: the same rectangle in both."""
+
+    request: int
+    in_request: tuple[slice, slice]
+    in_tile: tuple[slice, slice]
+
+
 @dataclass(frozen=True, slots=True)
-class Requests:
-    """Squares of the grid, in the order in which they are worked off.
+class Assembly:
+    """Which parts of which stored tiles make up a batch of squares.
 
     Attributes:
-        rows: of the batch, which request is which.
-        x_gr: left edges.
-        y_gr: top edges.
-        columns: first and one-past-last column of stored tiles touched, inside the grid.
-        tile_rows: first and one-past-last row of stored tiles touched.
-        edge_gr: the squares' edge.
+        pieces: stored tile's number → its pieces, in the order in which they are best decoded.
+        partly_outside: requests that reach beyond the grid.
+        wanted_next: numbers that a batch going on in raster order will want again.
     """
 
-    rows: list[int]
-    x_gr: list[int]
-    y_gr: list[int]
-    columns: list[list[int]]
-    tile_rows: list[list[int]]
-    edge_gr: int
-
-    def numbers(self, i: int, grid: TileGrid) -> list[int]:
-        """Return the numbers of the stored tiles that request `i` touches."""
-        (left, right), (top, bottom) = self.columns[i], self.tile_rows[i]
-        return [row * grid.across + c for row in range(top, bottom) for c in range(left, right)]
+    pieces: dict[int, list[Piece]]
+    partly_outside: list[int]
+    wanted_next: frozenset[int]
 
 
-def plan_requests(
-    corners_gr: NDArray[np.int64], rows: NDArray[np.int64], edge_gr: int, grid: TileGrid
-) -> list[Requests]:
-    """Order squares so that few prepared tiles are wanted at a time.
+class TileStore:
+    """Decoded tiles and spare memory that outlast a batch.
 
-    They go row by row; where the stored tiles under a whole row of squares would not fit the
-    budget, the level is worked off in vertical stripes under which they do.
+    Whoever reads takes the store away from the slide and gives it back afterwards, so that two
+    readers never share one: a tile's memory is used again for another tile.
+
+    Attributes:
+        tiles: number → pixels, None where the tile is missing.
+        idle: arrays of the tiles' shape, free to be filled.
+    """
+
+    __slots__ = ("idle", "tiles")
+
+    def __init__(self) -> None:
+        self.tiles: dict[int, NDArray[np.uint8] | None] = {}
+        self.idle: list[NDArray[np.uint8]] = []
+
+    def replace(self, tiles: dict[int, NDArray[np.uint8] | None], grid: TileGrid) -> None:
+        """Hold other tiles, as many as `KEEP_BYTES` allow, the lowest in the level first."""
+        room = max(1, KEEP_BYTES // grid.tile_bytes)
+        held = dict(sorted(tiles.items())[-room:])
+        old = [pixels for number, pixels in self.tiles.items() if number not in held]
+        self.idle += [pixels for pixels in old if pixels is not None]
+        self.tiles = held
+        del self.idle[max(0, room - len(held)) :]
+
+
+def plan_assembly(corners_gr: NDArray[np.int64], edge_gr: int, grid: TileGrid) -> Assembly:
+    """Find the stored tiles under squares of the grid.
 
     Args:
-        corners_gr: (N, 2) as (x, y).
-        rows: (N,) row of each square in the batch.
+        corners_gr: (N, 2) as (x, y), in any order; may lie outside the grid.
         edge_gr: edge of a square.
         grid: the stored tiles.
-
-    Returns:
-        One entry per stripe that holds squares.
     """
-    x_gr, y_gr = corners_gr[:, 0], corners_gr[:, 1]
-    width, height = grid.tile_width_gr, grid.tile_height_gr
-    columns = np.clip(
-        np.stack([x_gr // width, -(-(x_gr + edge_gr) // width)], axis=1), 0, grid.across
+    size = np.array([grid.tile_width_gr, grid.tile_height_gr])
+    count = np.array([grid.across, grid.down])
+    first = corners_gr // size
+    last = (corners_gr + edge_gr - 1) // size
+    outside = (first < 0).any(axis=1) | (last >= count).any(axis=1)
+    spans = (last - first).max(axis=0, initial=0) + 1
+    found = []
+    for row in range(int(spans[1])):
+        for column in range(int(spans[0])):
+            tile = first + np.array([column, row])
+            inside = ((tile <= last) & (tile >= 0) & (tile < count)).all(axis=1)
+            request = np.flatnonzero(inside)
+            tile = tile[inside]
+            number = tile[:, 1] * grid.across + tile[:, 0]
+            # Where the stored tile's corner lies in the request.
+            corner = tile * size - corners_gr[inside]
+            start = np.maximum(corner, 0)
+            stop = np.minimum(corner + size, edge_gr)
+            found.append(np.column_stack([number, request, start, stop, start - corner]))
+    rows = np.concatenate(found) if found else np.zeros((0, 8), np.int64)
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    pieces: dict[int, list[Piece]] = {number: [] for number in rows[:, 0].tolist()}
+    for number, request, x0, y0, x1, y1, tile_x, tile_y in rows.tolist():
+        in_tile = slice(tile_y, tile_y + y1 - y0), slice(tile_x, tile_x + x1 - x0)
+        pieces[number].append(Piece(request, (slice(y0, y1), slice(x0, x1)), in_tile))
+    return Assembly(
+        pieces=pieces,
+        partly_outside=np.flatnonzero(outside).tolist(),
+        wanted_next=_wanted_next(corners_gr, first, last, pieces, grid),
     )
-    tile_rows = np.clip(
-        np.stack([y_gr // height, -(-(y_gr + edge_gr) // height)], axis=1), 0, grid.down
-    )
-    tall, wide = -(-edge_gr // height) + 1, -(-edge_gr // width) + 1
-    stripe_columns = max(1, BUDGET_BYTES // (tall * grid.tile_bytes) - wide)
-    stripes = columns[:, 0] // stripe_columns
-    order = np.lexsort((x_gr, y_gr, stripes))
-    cuts = np.flatnonzero(np.diff(stripes[order])) + 1
-    return [
-        Requests(
-            rows=rows[part].tolist(),
-            x_gr=x_gr[part].tolist(),
-            y_gr=y_gr[part].tolist(),
-            columns=columns[part].tolist(),
-            tile_rows=tile_rows[part].tolist(),
-            edge_gr=edge_gr,
+
+
+def _wanted_next(
+    corners_gr: NDArray[np.int64],
+    first: NDArray[np.int64],
+    last: NDArray[np.int64],
+    pieces: dict[int, list[Piece]],
+    grid: TileGrid,
+) -> frozenset[int]:
+    """Return the stored tiles that the next batch in raster order shares with this one.
+
+    It goes on to the right of the last request, in its row of stored tiles or in the next. A tile
+    that one request shows whole is not expected to be wanted by another.
+    """
+    if not len(corners_gr):
+        return frozenset()
+    final = np.lexsort((corners_gr[:, 0], corners_gr[:, 1]))[-1]
+    top, (right, bottom) = int(first[final, 1]), last[final].tolist()
+    whole = (slice(0, grid.tile_height_gr), slice(0, grid.tile_width_gr))
+    return frozenset(
+        number
+        for number, parts in pieces.items()
+        if not (len(parts) == 1 and parts[0].in_tile == whole)
+        and (
+            number // grid.across >= bottom
+            or (number // grid.across >= top and number % grid.across >= right)
         )
-        for part in np.split(order, cuts)
-    ]
+    )
 
 
 def assemble(
-    requests: Requests,
+    assembly: Assembly,
     grid: TileGrid,
+    squares: NDArray[np.uint8],
+    rows: list[int],
     *,
-    prepare: Callable[[int, NDArray[np.uint8] | None], NDArray[np.uint8] | ReadError | None],
-    deliver: Callable[[int, Pieces], None],
-    at_hand: Mapping[int, NDArray[np.uint8] | None],
+    fill: Fill,
+    background: Rgb,
+    store: TileStore,
     crew: Crew,
-) -> dict[int, NDArray[np.uint8] | None]:
-    """Prepare every stored tile that is needed once, and deliver every request.
+) -> dict[int, ReadError]:
+    """Decode every stored tile of a batch once, and put its pieces into place.
 
     Args:
-        requests: one entry of what `plan_requests` returned.
+        assembly: what `plan_assembly` returned.
         grid: the stored tiles.
-        prepare: is given a stored tile's number and, where there is one, an array of the right
-            shape to fill; returns its pixels, or why there are none, or None where it is missing
-            and shows background; called by any thread.
-        deliver: is given a row of the batch and its pieces; called by any thread.
-        at_hand: tiles that an earlier batch left; not changed.
+        squares: (M, edge, edge, 3) uint8, C-contiguous; request i goes to `squares[rows[i]]`.
+        rows: (N,) where each request goes.
+        fill: decodes a stored tile; called by any thread.
+        background: the colour where nothing is stored.
+        store: what an earlier batch left; afterwards, what the next one will want.
         crew: the threads.
 
     Returns:
-        The prepared tiles that the next batch in raster order will want.
+        Request → why it can't be shown, for those over stored tiles that could not be read.
     """
-    count = len(requests.rows)
-    touched = [requests.numbers(i, grid) for i in range(count)]
-    last_use = {number: i for i, numbers in enumerate(touched) for number in numbers}
-    prepared: dict[int, NDArray[np.uint8] | ReadError | None] = {
-        number: at_hand[number] for number in last_use.keys() & at_hand.keys()
-    }
+    for request in assembly.partly_outside:
+        squares[rows[request]] = background
+    local = threading.local()
+    faults: dict[int, ReadError] = {}
     kept: dict[int, NDArray[np.uint8] | None] = {}
-    idle: list[NDArray[np.uint8]] = []
-    buffers: dict[int, NDArray[np.uint8]] = {}
-    wave_tiles = _WAVE_TILES if crew.threads == 1 else _WAVE_TILES_PER_THREAD * crew.threads
+    buffers = {
+        number: store.idle.pop()
+        if store.idle
+        else cached_buffer(grid.tile_height_gr, grid.tile_width_gr)
+        for number in assembly.wanted_next
+        if number not in store.tiles
+    }
+    whole = (slice(0, grid.tile_height_gr), slice(0, grid.tile_width_gr))
 
-    def work(item: tuple[bool, int]) -> None:
-        is_request, index = item
-        if is_request:
-            deliver(requests.rows[index], Pieces(requests, index, grid, prepared))
+    def place(number: int, parts: list[Piece]) -> None:
+        if number in store.tiles:
+            pixels = store.tiles[number]
         else:
-            prepared[index] = prepare(index, buffers.pop(index, None))
+            buffer = buffers.get(number)
+            if buffer is None and len(parts) == 1 and parts[0].in_tile == whole:
+                square = squares[rows[parts[0].request]]
+                if not fill(number, square[parts[0].in_request]):
+                    square[parts[0].in_request] = background
+                return
+            if buffer is None:
+                buffer = getattr(local, "tile", None)
+            if buffer is None:
+                buffer = local.tile = cached_buffer(grid.tile_height_gr, grid.tile_width_gr)
+            pixels = buffer if fill(number, buffer) else None
+        if number in assembly.wanted_next:
+            kept[number] = pixels
+        for part in parts:
+            square = squares[rows[part.request]]
+            square[part.in_request] = background if pixels is None else pixels[part.in_tile]
 
-    pending = range(0)
-    start = 0
-    while start < count or pending:
-        wanted: dict[int, None] = {}
-        end = start
-        while end < count and len(wanted) < wave_tiles:
-            wanted.update((number, None) for number in touched[end] if number not in prepared)
-            end += 1
-        for number in wanted:
-            if not idle:
-                break
-            buffers[number] = idle.pop()
-        crew.run([(True, i) for i in pending] + [(False, number) for number in wanted], work)
-        for i in pending:
-            for number in touched[i]:
-                if last_use[number] != i:
-                    continue
-                pixels = prepared.pop(number)
-                if isinstance(pixels, ReadError):
-                    continue
-                if _serves_next_batch(requests, grid, number):
-                    kept[number] = pixels
-                elif pixels is not None and number not in at_hand:
-                    idle.append(pixels)
-        pending, start = range(start, end), end
-    room = max(1, KEEP_BYTES // grid.tile_bytes)
-    return dict(list(kept.items())[-room:])
+    def work(item: tuple[int, list[Piece]]) -> None:
+        number, parts = item
+        try:
+            place(number, parts)
+        except ReadError as error:
+            faults[number] = error
 
-
-def _serves_next_batch(requests: Requests, grid: TileGrid, number: int) -> bool:
-    """Return whether a batch that goes on in raster order will want a stored tile again.
-
-    It starts to the right of the last request, in the same row of stored tiles or the next.
-    """
-    row, column = divmod(number, grid.across)
-    top, bottom = requests.tile_rows[-1]
-    return row >= bottom - 1 or (row >= top and column >= requests.columns[-1][1] - 1)
-
-
-class Pieces:
-    """The parts of one request: where they lie in stored tiles and in the request."""
-
-    __slots__ = ("_grid", "_i", "_prepared", "_requests")
-
-    def __init__(
-        self,
-        requests: Requests,
-        i: int,
-        grid: TileGrid,
-        prepared: Mapping[int, NDArray[np.uint8] | ReadError | None],
-    ) -> None:
-        self._requests = requests
-        self._i = i
-        self._grid = grid
-        self._prepared = prepared
-
-    def paste_into(self, out: NDArray[np.uint8], background: Rgb) -> None:
-        """Put the request together in `out` (edge, edge, 3).
-
-        Raises:
-            ReadError: one of its stored tiles could not be read.
-        """
-        requests, grid, i = self._requests, self._grid, self._i
-        edge = requests.edge_gr
-        x_gr, y_gr = requests.x_gr[i], requests.y_gr[i]
-        (left, right), (top, bottom) = requests.columns[i], requests.tile_rows[i]
-        width, height = grid.tile_width_gr, grid.tile_height_gr
-        if (
-            x_gr < left * width
-            or y_gr < top * height
-            or x_gr + edge > right * width
-            or y_gr + edge > bottom * height
-        ):
-            out[...] = background
-        for row in range(top, bottom):
-            tile_y = row * height - y_gr
-            y0, y1 = max(tile_y, 0), min(tile_y + height, edge)
-            for column in range(left, right):
-                pixels = self._prepared[row * grid.across + column]
-                if isinstance(pixels, ReadError):
-                    raise pixels
-                tile_x = column * width - x_gr
-                x0, x1 = max(tile_x, 0), min(tile_x + width, edge)
-                if pixels is None:
-                    out[y0:y1, x0:x1] = background
-                else:
-                    out[y0:y1, x0:x1] = pixels[y0 - tile_y : y1 - tile_y, x0 - tile_x : x1 - tile_x]
+    crew.run(assembly.pieces.items(), work)
+    store.replace(kept, grid)
+    return {
+        part.request: faults[number]
+        for number in sorted(faults, reverse=True)
+        for part in assembly.pieces[number]
+    }
