@@ -1,6 +1,6 @@
 """`python -m bagscope`."""
 
-from bagscope.cli.app import main
+from bagscope.cli.entry import main
 
 if __name__ == "__main__":
     main()

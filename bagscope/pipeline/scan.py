@@ -17,13 +17,13 @@ from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.cohort.status import read_statuses
 from bagscope.cohort.table import Cohort
+from bagscope.pipeline.preload import WORKER_MODULES
 from bagscope.pipeline.study import RunSpec
 from bagscope.pipeline.tile import run_options
 from bagscope.wsi.opening import require_backend
 from bagscope.wsi.tiling import TilingSpec
 
 STAGE = "scan"
-WORKER_MODULE = "bagscope.pipeline.scan_worker"
 FEATURE_BYTES = 2
 """Bytes per number of a feature file, which holds float16."""
 
@@ -130,7 +130,7 @@ def scan_cohort(
             scan_one,
             stage=STAGE,
             status_dir=Path(scratch),
-            options=run_options(run, None, "local", preload=(WORKER_MODULE,)),
+            options=run_options(run, None, "local", preload=WORKER_MODULES),
             report=report,
         )
         statuses = read_statuses(Path(scratch), STAGE)

@@ -13,6 +13,7 @@ from bagscope.cohort.runner import run_cohort
 from bagscope.cohort.status import read_statuses
 from bagscope.cohort.table import SlideRow
 from bagscope.errors import ConfigError
+from bagscope.pipeline.preload import WORKER_MODULES
 from bagscope.pipeline.study import RunSpec, Study
 from bagscope.wsi import contact_sheet
 from bagscope.wsi.contact_sheet import SheetEntry
@@ -20,8 +21,6 @@ from bagscope.wsi.opening import require_backend
 from bagscope.wsi.tiling import NUMERICS, TilingSpec, tiling_name
 
 STAGE = "tile"
-WORKER_MODULE = "bagscope.pipeline.tile_worker"
-"""Imported once by the server that workers are forked from; it pulls in numpy, cv2 and h5py."""
 
 Frame = Literal["qupath", "openslide"]
 
@@ -113,7 +112,7 @@ def tile_cohort(
             study.spec.run,
             shard,
             executor,
-            preload=(WORKER_MODULE,),
+            preload=WORKER_MODULES,
             sweep=_folders_written(study, spec, export),
         ),
         report=report,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -22,7 +21,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from bagscope import artifacts
+from bagscope.cohort.executors import server
 from bagscope.cohort.executors import worker as worker_process
 from bagscope.cohort.executors.protocol import Finished, Record, failed
 from bagscope.cohort.jobs import Job
@@ -128,7 +128,7 @@ class LocalExecutor:
         self._memory_limit_mib = memory_limit_mib
         self._import_main = module == "__main__"
         self._allow_start = allow_start
-        self._context = _context([worker_process.__name__, module, *preload])
+        self._context = server.start([name for name in (module, *preload) if name != "__main__"])
         self._busy: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._early: list[Finished] = []
@@ -323,23 +323,6 @@ def _how_it_died(exit_code: int | None) -> str:
             "fewer workers, or set --memory-limit"
         )
     return f"its worker crashed ({name}) in a native library; the file may be damaged"
-
-
-def _context(preload: Sequence[str]) -> BaseContext:
-    """Return the fork server where there is one, else spawn; never fork."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in preload if name != "__main__"])
-    # Signals to the process group must not end the fork server, and with it the workers, before
-    # this process has heard of them. What is blocked here stays so until a worker is ready.
-    resource_tracker.ensure_running()  # would unblock them again when it starts
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return context
 
 
 @contextlib.contextmanager
