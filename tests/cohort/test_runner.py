@@ -398,7 +398,7 @@ def test_a_read_only_study_is_one_sentence(tmp_path, script_environment):
         "except ArtifactError as error:\n"
         "    print(error)\n"
     )
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     (study / "status" / "plant").chmod(0o555)
     done = subprocess.run(
