@@ -149,15 +149,15 @@ def test_simplification_saves_points():
 
 def test_a_hole_in_a_bump_keeps_the_bump():
     mask = np.zeros((60, 120), bool)
-    mask[10:, 5:115] = True
-    mask[6:10, 50:60] = True
+    mask[:50, 5:115] = True
+    mask[50:54, 50:60] = True
     frame = frame_of(mask.shape)
     (flat,) = polygons(mask, frame, tolerance_px=5)
-    assert as_shapely(flat).bounds[1] == 10
-    mask[7, 54] = False
+    assert as_shapely(flat).bounds[3] == 50
+    mask[52, 54] = False
     (bumpy,) = polygons(mask, frame, tolerance_px=5)
     assert as_shapely(bumpy).is_valid
-    assert as_shapely(bumpy).bounds[1] == 6
+    assert as_shapely(bumpy).bounds[3] == 54
     assert len(bumpy.holes_l0) == 1
 
 
