@@ -113,7 +113,7 @@ def _pen_stroke(
         start = tissue[rng.integers(len(tissue))] + rng.normal(0, 0.08 * edge, 2)
         line = _curve(rng, start, edge * rng.uniform(0.4, 0.8), 1.3)
         coverage = np.maximum(coverage, _drawn(shape, line, width * rng.uniform(0.8, 1.2)))
-    soft = np.asarray(cv2.GaussianBlur(coverage, (0, 0), 0.9), np.float32)
+    soft = np.asarray(cv2.GaussianBlur(coverage, (0, 0), 0.5), np.float32)
     # Ink dries in streaks.
     streaks = smooth_noise(rng, shape[0], shape[1], 1.5, 6)
     return np.asarray(soft * np.clip(0.86 + 0.07 * streaks, 0.6, 1), np.float32)
@@ -131,8 +131,8 @@ def _folds(
 
     fold = np.zeros(depth_um.shape, np.float32)
     for _ in range(count):
-        line = _curve(rng, tissue[rng.integers(len(tissue))].astype(float), edge_um / 8 * 0.4, 1.0)
-        fold = np.maximum(fold, _drawn(fold.shape, line, rng.uniform(36, 70) / FIELD_STEP_UM))
+        line = _curve(rng, tissue[rng.integers(len(tissue))].astype(float), edge_um / 8 * 0.5, 1.0)
+        fold = np.maximum(fold, _drawn(fold.shape, line, rng.uniform(30, 55) / FIELD_STEP_UM))
     return np.asarray(cv2.GaussianBlur(fold, (0, 0), 0.7), np.float32)
 
 
@@ -160,7 +160,7 @@ def fold_factor(fold: NDArray[np.float32], window: Window, mpp: float) -> NDArra
     import numpy as np
 
     doubled = np.clip(interpolated(fold, window, mpp), 0, 1)
-    return np.asarray(1 + 1.15 * doubled + 1.2 * doubled * (1 - doubled), np.float32)
+    return np.asarray(1 + 1.5 * doubled + 2.0 * doubled * (1 - doubled), np.float32)
 
 
 def blurred(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bagscope.wsi.synthetic.noise import smooth_noise
-from bagscope.wsi.synthetic.tissue_texture import PERIOD_UM, REFERENCE_MPP, tissue_kit
+from bagscope.wsi.synthetic.tissue_texture import REFERENCE_MPP, tissue_kit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from bagscope.wsi.synthetic.spec import SyntheticSpec
 
 FIELD_STEP_UM = 8.0
-REPEAT_UM = 4 * PERIOD_UM
-"""Edge of the field that `repeat_texture` slides are composed from."""
-
 NEST_THRESHOLD = 122
 """Above this value of the kit's blob texture, tumour grows in a nest."""
 
+MARKED_EVERY = 4
+
 _DEEP_UM = 1e4
+_STRIP_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +80,10 @@ class Layout:
     """Everything on a slide but its artefacts.
 
     `normal_*` is the tissue as if there were no tumour; inside tumour, `tumor_*` stands instead.
+    Where `marked`, one nucleus in `MARKED_EVERY` carries the second stain, as DAB does.
     """
 
-    width_um: float
-    height_um: float
+    marked: bool
     fields: Fields
     normal_structures: Places
     normal_nuclei: Places
@@ -101,35 +101,8 @@ def plan_layout(spec: SyntheticSpec) -> Layout:
     depth_um, turn = _fragments(rng, shape, spec.tissue_fraction)
     tumor_um = _tumor(np.random.default_rng([2, spec.seed]), depth_um, spec.tumor_fraction)
     rng = np.random.default_rng([3, spec.seed])
-    if spec.repeat_texture:
-        # All that is inside the tissue stands in the repeating layout; here are the outlines.
-        inner = repeating_layout(spec.seed).fields
-        fields = replace(inner, depth_um=depth_um, tumor_um=tumor_um)
-        nothing = _no_places()
-        return Layout(
-            width_um=width_um,
-            height_um=height_um,
-            fields=fields,
-            normal_structures=nothing,
-            normal_nuclei=nothing,
-            tumor_structures=nothing,
-            tumor_nuclei=nothing,
-        )
     fields = _compartments(rng, depth_um, tumor_um, turn)
-    return _populate(rng, width_um, height_um, fields)
-
-
-def repeating_layout(seed: int, *, tumor: bool = False) -> Layout:
-    """Draw a field of `REPEAT_UM` that is tissue throughout and repeats without a seam."""
-    import numpy as np
-
-    cells = round(REPEAT_UM / FIELD_STEP_UM)
-    rng = np.random.default_rng([4, seed])
-    everywhere = np.full((cells, cells), _DEEP_UM, np.float32)
-    fields = _compartments(
-        rng, everywhere, everywhere if tumor else -everywhere, np.zeros_like(everywhere)
-    )
-    return _populate(rng, REPEAT_UM, REPEAT_UM, fields, wrap=True)
+    return _populate(rng, width_um, height_um, fields, marked=spec.stain == "dab")
 
 
 def sample(
@@ -262,7 +235,7 @@ def _compartments(
 
     y, x = np.mgrid[0:rows, 0:columns].astype(np.float32) * np.float32(FIELD_STEP_UM)
     u = x * np.cos(turn) + y * np.sin(turn) + 40 * noise(90)
-    v = -x * np.sin(turn) + y * np.cos(turn) + 62 * noise(105) + 9 * noise(38)
+    v = -x * np.sin(turn) + y * np.cos(turn) + 55 * noise(105) + 8 * noise(38)
     return Fields(
         depth_um=depth_um,
         tumor_um=tumor_um,
@@ -287,7 +260,7 @@ def _populate(
     height_um: float,
     fields: Fields,
     *,
-    wrap: bool = False,
+    marked: bool,
 ) -> Layout:
     """Place structures and nuclei."""
     import numpy as np
@@ -296,14 +269,18 @@ def _populate(
         spacing_um: float, field: NDArray[np.float32], keep: float, jitter: float = 0.8
     ) -> NDArray[np.float32]:
         """Return (N, 2) points (x, y) of a jittered lattice where `field` is above 0."""
-        counts = [max(1, round(edge / spacing_um)) for edge in (width_um, height_um)]
-        pitch = np.array([width_um / counts[0], height_um / counts[1]], np.float32)
-        lattice = np.stack(np.meshgrid(*(np.arange(n) for n in counts)), -1).reshape(-1, 2)
-        shifts = 0.5 + jitter * (rng.random(lattice.shape, dtype=np.float32) - 0.5)
-        points = (lattice + shifts).astype(np.float32) * pitch
-        chosen = rng.random(len(points)) < keep
-        chosen &= sample(field, points[:, 0], points[:, 1]) > 0
-        return np.asarray(points[chosen], np.float32)
+        columns, rows = (max(1, round(edge / spacing_um)) for edge in (width_um, height_um))
+        pitch = np.array([width_um / columns, height_um / rows], np.float32)
+        found = []
+        # In strips, because on a large slide most points of the lattice lie on bare glass.
+        for first in range(0, rows, _STRIP_ROWS):
+            strip = np.arange(first, min(first + _STRIP_ROWS, rows), dtype=np.float32)
+            lattice = np.stack(np.meshgrid(np.arange(columns, dtype=np.float32), strip), -1)
+            shifts = 0.5 + jitter * (rng.random(lattice.shape, dtype=np.float32) - 0.5)
+            points = ((lattice + shifts) * pitch).reshape(-1, 2)
+            points = points[rng.random(len(points), dtype=np.float32) < keep]
+            found.append(points[sample(field, points[:, 0], points[:, 1]) > 0])
+        return np.asarray(np.concatenate(found), np.float32)
 
     depth, tumor, fat = fields.depth_um, fields.tumor_um, fields.fat
     stroma = np.minimum(depth - 4, -fat)
@@ -337,10 +314,7 @@ def _populate(
             ],
         ),
     }
-    places = {
-        name: _places(rng, fields, kinds, points, (width_um, height_um) if wrap else None)
-        for name, (kinds, points) in groups.items()
-    }
+    places = {name: _places(rng, fields, kinds, points) for name, (kinds, points) in groups.items()}
     for which in ("normal", "tumor"):
         nuclei = places[f"{which}_nuclei"]
         free = _outside_structures(nuclei, places[f"{which}_structures"])
@@ -348,7 +322,7 @@ def _populate(
             # Tumour cells keep to their nests, and other cells keep out.
             free &= in_nest(fields, nuclei) == (nuclei.kind == _TUMOR_CELL)
         places[f"{which}_nuclei"] = _chosen(nuclei, free)
-    return Layout(width_um=width_um, height_um=height_um, fields=fields, **places)
+    return Layout(marked=marked, fields=fields, **places)
 
 
 def in_nest(fields: Fields, places: Places) -> NDArray[np.bool_]:
@@ -399,7 +373,6 @@ def _places(
     fields: Fields,
     kinds: tuple[str, ...],
     points: list[NDArray[np.float32]],
-    wrap_um: tuple[float, float] | None,
 ) -> Places:
     import numpy as np
 
@@ -412,10 +385,6 @@ def _places(
     angle = angle + rng.normal(0, 0.22, len(x))
     pick = rng.integers(0, 65536, len(x))
     in_tumor = sample(fields.tumor_um, x, y) > 0
-    if wrap_um is not None:
-        shifts = [(i * wrap_um[0], j * wrap_um[1]) for i in (0, -1, 1) for j in (0, -1, 1)]
-        x, y = (np.concatenate([a + s[i] for s in shifts]) for i, a in enumerate((x, y)))
-        kind, angle, pick, in_tumor = (np.tile(a, 9) for a in (kind, angle, pick, in_tumor))
     order = np.lexsort((x, y))
     return Places(
         kinds=kinds,
@@ -425,18 +394,4 @@ def _places(
         angle=angle[order].astype(np.float32),
         pick=pick[order].astype(np.uint16),
         in_tumor=in_tumor[order],
-    )
-
-
-def _no_places() -> Places:
-    import numpy as np
-
-    return Places(
-        kinds=(),
-        x_um=np.zeros(0, np.float32),
-        y_um=np.zeros(0, np.float32),
-        kind=np.zeros(0, np.uint8),
-        angle=np.zeros(0, np.float32),
-        pick=np.zeros(0, np.uint16),
-        in_tumor=np.zeros(0, np.bool_),
     )

@@ -149,4 +149,5 @@ def _draw(
         size = rng.uniform(2.0, 3.6)
         body = body + 70 * np.exp(-((along - nx) ** 2 + (across - ny) ** 2) / size**2)
     h = np.clip(np.rint(body * inside), 0, 230).astype(np.uint8)
-    return Stamp(h=h, e=np.zeros_like(h), opaque=None)
+    marker = np.clip(90 * inside + 0.9 * h, 0, 230) * (inside > 0.1)
+    return Stamp(h=h, e=marker.astype(np.uint8), opaque=None)

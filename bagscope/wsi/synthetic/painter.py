@@ -14,14 +14,8 @@ from bagscope.wsi.synthetic.artefacts import (
     with_glass_artefacts,
 )
 from bagscope.wsi.synthetic.balance import balance_tumor
-from bagscope.wsi.synthetic.layout import (
-    FIELD_STEP_UM,
-    REPEAT_UM,
-    plan_layout,
-    repeating_layout,
-)
-from bagscope.wsi.synthetic.noise import ramp
-from bagscope.wsi.synthetic.render import FRAY_UM, Window, interpolated, render_concentrations
+from bagscope.wsi.synthetic.layout import FIELD_STEP_UM, plan_layout
+from bagscope.wsi.synthetic.render import FRAY_UM, Window, render_concentrations
 from bagscope.wsi.synthetic.stain import site_palette
 from bagscope.wsi.synthetic.tissue_texture import tissue_kit
 
@@ -60,9 +54,8 @@ class SlidePainter:
         self._busy_sums = np.pad(busy.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         self._scanned = _scanned_cells(fields.depth_um) if spec.background == "black" else None
         self._balance = None
-        if spec.tumor_fraction and not spec.repeat_texture:
+        if spec.tumor_fraction:
             self._balance = balance_tumor(self.layout, self.kit, self.palette, spec.seed)
-        self._repeating = self._paint_repeating() if spec.repeat_texture else None
         self._noise = _noise_tile(self.palette.noise_sigma)
 
     def paint(self, window: Window) -> NDArray[np.uint8]:
@@ -79,7 +72,7 @@ class SlidePainter:
             if self.artefacts.blur is not None:
                 margin += int(3 * BLUR_SIGMA_UM / self.spec.mpp)
             wide = window.grown(margin)
-            rgb = self._repeated(wide) if self._repeating is not None else self._drawn(wide)
+            rgb = self._drawn(wide)
             if sigma_px > 0.25:
                 rgb = np.asarray(cv2.GaussianBlur(rgb, (0, 0), sigma_px), np.uint8)
             if self.artefacts.blur is not None:
@@ -124,56 +117,6 @@ class SlidePainter:
         if weight is not None and self._balance is not None:
             shifted = rgb + weight[..., None] * self._balance.shift_rgb
             rgb = np.clip(np.rint(shifted), 0, 255).astype(np.uint8)
-        return rgb
-
-    def _paint_repeating(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-        """Return the repeating field without, and with, tumour: (period, period, 3) uint8 each."""
-        import numpy as np
-
-        period_px = round(REPEAT_UM / self.spec.mpp)
-        painted: list[NDArray[np.uint8]] = []
-        for tumor in (False, True) if self.spec.tumor_fraction else (False,):
-            layout = repeating_layout(self.spec.seed, tumor=tumor)
-            rgb = np.empty((period_px, period_px, 3), np.uint8)
-            for y in range(0, period_px, 512):
-                for x in range(0, period_px, 512):
-                    width, height = min(512, period_px - x), min(512, period_px - y)
-                    window = Window(x_l0=x, y_l0=y, width_px=width, height_px=height)
-                    h, e, _ = render_concentrations(layout, self.kit, window)
-                    rgb[y : y + height, x : x + width] = self.palette.colours(h, e)
-            if tumor:
-                shift = np.rint(painted[0].mean((0, 1)) - rgb.mean((0, 1)))
-                for y in range(0, period_px, 512):
-                    rows = rgb[y : y + 512]
-                    rows[...] = np.clip(rows + shift, 0, 255).astype(np.uint8)
-            painted.append(rgb)
-        return painted[0], painted[1] if len(painted) > 1 else None
-
-    def _repeated(self, window: Window) -> NDArray[np.uint8]:
-        """Compose tissue from the repeating field; `thickness` and folds are left out."""
-        import cv2
-        import numpy as np
-
-        assert self._repeating is not None
-        normal, tumor = self._repeating
-        period = normal.shape[0]
-        rows = np.arange(window.y_l0, window.y_l0 + window.height_px) % period
-        columns = np.arange(window.x_l0, window.x_l0 + window.width_px) % period
-        rgb = np.asarray(normal[rows[:, None], columns], np.uint8)
-        fields, mpp = self.layout.fields, self.spec.mpp
-        if tumor is not None:
-            depth = interpolated(fields.tumor_um, window, mpp)
-            if depth.max() > -4:
-                weight = ramp(depth, -4, 4)
-                other = tumor[rows[:, None], columns]
-                rgb = np.asarray(cv2.blendLinear(rgb, other, 1 - weight, weight), np.uint8)
-        depth_um = interpolated(fields.depth_um, window, mpp)
-        if depth_um.min() < FRAY_UM:
-            brightness = rgb[..., 1].astype(np.float32)
-            cover = ramp(depth_um + (160 - brightness) * (FRAY_UM / 60), -1.5, 1.5)
-            cover[depth_um < -2.5 * FRAY_UM] = 0
-            glass = np.full_like(rgb, self.palette.glass)
-            rgb = np.asarray(cv2.blendLinear(glass, rgb, 1 - cover, cover), np.uint8)
         return rgb
 
     # --- glass --------------------------------------------------------------------------

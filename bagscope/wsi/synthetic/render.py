@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bagscope.wsi.synthetic.layout import FIELD_STEP_UM, NEST_THRESHOLD
+from bagscope.wsi.synthetic.layout import FIELD_STEP_UM, MARKED_EVERY, NEST_THRESHOLD
 from bagscope.wsi.synthetic.noise import ramp
 from bagscope.wsi.synthetic.structures import darken, oriented
 
@@ -141,9 +141,10 @@ def render_concentrations(
         )
         h = _blend(h, np.full_like(h, 10), nests)
         _stamp_structures(h, e, layout.tumor_structures, kit, window, skip_tumor=False)
-    _stamp_nuclei(h, layout.normal_nuclei, kit, window, skip_tumor=weight is not None)
+    marks = e if layout.marked else None
+    _stamp_nuclei(h, marks, layout.normal_nuclei, kit, window, skip_tumor=weight is not None)
     if weight is not None:
-        _stamp_nuclei(h, layout.tumor_nuclei, kit, window)
+        _stamp_nuclei(h, marks, layout.tumor_nuclei, kit, window)
     # Nuclei hold protein too: without it they would look blue over clefts.
     e = np.maximum(e, cv2.convertScaleAbs(h, alpha=0.38))
     depth_um = interpolated(fields.depth_um, window, mpp)
@@ -225,6 +226,7 @@ def _stamp_structures(
 
 def _stamp_nuclei(
     h: NDArray[np.uint8],
+    e: NDArray[np.uint8] | None,
     places: Places,
     kit: TissueKit,
     window: Window,
@@ -247,3 +249,5 @@ def _stamp_nuclei(
         else:
             stamp = stamps[pick % len(stamps)]
         darken(h, stamp.h, y, x)
+        if e is not None and pick % MARKED_EVERY == 0:
+            darken(e, stamp.e, y, x)

@@ -47,8 +47,6 @@ class SyntheticSpec:
         missing_tiles: how many level-0 tiles have a byte count of zero.
         corrupt_tiles: how many level-0 tiles hold garbage.
         truncated: keep only this part of the file's bytes, or None.
-        repeat_texture: compose the tissue from one finite field that repeats seamlessly: for
-            large slides that have to be made quickly.
 
     Raises:
         ValueError: a value that no slide can have.
@@ -78,7 +76,6 @@ class SyntheticSpec:
     missing_tiles: int = 0
     corrupt_tiles: int = 0
     truncated: float | None = None
-    repeat_texture: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no slide can have."""

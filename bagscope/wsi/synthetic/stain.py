@@ -21,7 +21,7 @@ CONCENTRATION_STEP = 0.01
 
 _SITES = (
     # haematoxylin, second stain (eosin), glass
-    ((0.72, 0.86, 0.42), (0.11, 0.76, 0.42), (244, 243, 244)),
+    ((0.74, 0.86, 0.42), (0.10, 0.78, 0.45), (244, 243, 244)),
     ((0.86, 0.80, 0.30), (0.05, 0.84, 0.27), (237, 239, 243)),
 )
 _DAB = (0.42, 0.83, 1.12)
@@ -69,8 +69,10 @@ def site_palette(site: int, stain: Stain, background: Background) -> Palette:
     second = steps[:, None] * eosin
     if stain == "dab":
         # DAB marks few structures: weak staining fades, strong staining turns brown.
-        brown = np.clip((steps - 0.55) / 1.1, 0, None) ** 1.3 * 1.7
-        second = brown[:, None] * np.array(_DAB) + 0.10 * steps[:, None] * haematoxylin
+        brown = np.clip((steps - 0.85) / 1.1, 0, None) * 1.5
+        second = (
+            brown[:, None] * np.array(_DAB) + 0.16 * np.minimum(steps, 1)[:, None] * haematoxylin
+        )
     absorbance = (steps[:, None] * haematoxylin)[:, None, :] + second[None, :, :]
     table = np.clip(np.rint(glass * np.exp(-absorbance)), 0, 255).astype(np.uint8)
     red, green, blue = (round(float(channel)) for channel in glass)

@@ -29,7 +29,8 @@ class Stamp:
     """A small picture to be laid over tissue, centred on its place.
 
     Attributes:
-        h, e: (height, width) concentration bytes.
+        h, e: (height, width) concentration bytes; a nucleus has the second stain only where it
+            is marked.
         opaque: (height, width) bool, where the stamp replaces what lies under it; None for a
             nucleus, which only darkens.
     """
@@ -104,9 +105,9 @@ def _fibres(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     import cv2
     import numpy as np
 
-    bundles = smooth_noise(rng, size, size, 7, 60) + 0.6 * smooth_noise(rng, size, size, 2.2, 26)
-    strands = smooth_noise(rng, size, size, 1.0, 12)
-    clefts = smooth_noise(rng, size, size, 4.5, 38) + 0.5 * smooth_noise(rng, size, size, 1.6, 14)
+    bundles = smooth_noise(rng, size, size, 6, 38) + 0.7 * smooth_noise(rng, size, size, 2.2, 18)
+    strands = smooth_noise(rng, size, size, 0.9, 8)
+    clefts = smooth_noise(rng, size, size, 4, 26) + 0.65 * smooth_noise(rng, size, size, 1.4, 9)
     straight = np.stack([bundles / bundles.std(), strands, clefts / clefts.std()], axis=-1)
     wave_y = 13 * smooth_noise(rng, size, size, 45, 45) + 4 * smooth_noise(rng, size, size, 16, 16)
     wave_x = 16 * smooth_noise(rng, size, size, 60, 60)
@@ -118,9 +119,9 @@ def _fibres(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_WRAP,
     )
-    body = 66 + 15 * wavy[..., 0] + 8 * wavy[..., 1] + 3 * smooth_noise(rng, size, size, 0.7, 0.7)
-    open_part = ramp(np.asarray(wavy[..., 2], np.float32), 0.95, 1.5)
-    return np.asarray(np.clip(body, 22, 150) * (1 - 0.94 * open_part), np.float32)
+    body = 72 + 18 * wavy[..., 0] + 10 * wavy[..., 1] + 3 * smooth_noise(rng, size, size, 0.7, 0.7)
+    open_part = ramp(np.asarray(wavy[..., 2], np.float32), 0.85, 1.25)
+    return np.asarray(np.clip(body, 26, 160) * (1 - 0.94 * open_part), np.float32)
 
 
 def _fat(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
