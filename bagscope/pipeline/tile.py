@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -95,6 +96,7 @@ def tile_cohort(
     require_backend(backend)
     _require_existing(annotations.roi, "--roi")
     _require_existing(annotations.masks, "--masks")
+    _require_known_classes(spec, cohort.rows, annotations)
     jobs = [
         Job(
             slide_id=row.slide_id,
@@ -193,6 +195,22 @@ def _claim_tiling(study: Study, spec: TilingSpec, *, overwrite: bool) -> None:
             )
         elif not path.exists() or artifacts.read_json(path) != requested:
             artifacts.write_json(path, requested)
+
+
+def _require_known_classes(
+    spec: TilingSpec, rows: Sequence[SlideRow], annotations: Annotations
+) -> None:
+    """Refuse a misspelt class before a whole cohort comes out empty."""
+    if spec.roi.include is None and not spec.roi.exclude:
+        return
+    from bagscope.wsi import roi
+
+    sources = ((row.roi or annotations.roi, row.slide_id) for row in rows)
+    files = (roi.load(source, slide_id) for source, slide_id in sources if source is not None)
+    roi.require_known_classes(
+        (file for file in files if file is not None),
+        roi.RoiSelection(include=spec.roi.include, exclude=spec.roi.exclude),
+    )
 
 
 def _require_existing(path: Path | None, option: str) -> None:

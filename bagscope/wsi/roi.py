@@ -83,12 +83,19 @@ def load(path: Path, slide_id: str) -> Path | None:
 def require_known_classes(files: Iterable[Path], selection: RoiSelection) -> None:
     """Refuse a class name that none of the files uses: it is most likely misspelt.
 
+    Files are read only until every class has been met.
+
     Raises:
         ConfigError: names the class and those that are there.
         SlideError: a file can't be read.
     """
-    present = sorted({name for file in files for name in class_names(file)})
-    known = _folded(present)
+    wanted = _folded((*(selection.include or ()), *selection.exclude))
+    met: set[str] = set()
+    for file in files:
+        if wanted <= _folded(met):
+            return
+        met |= class_names(file)
+    present, known = sorted(met), _folded(met)
     for option, names in (
         ("--roi-include", selection.include or ()),
         ("--roi-exclude", selection.exclude),

@@ -222,6 +222,18 @@ def test_tiles_stay_in_the_annotation(bagscope: Command, slides: Path, tmp_path:
     assert [256, 256] not in coords.tolist()
 
 
+def test_a_misspelt_class_is_refused_before_any_work(
+    bagscope: Command, slides: Path, tmp_path: Path
+) -> None:
+    study, roi = tmp_path / "study", tmp_path / "all.geojson"
+    roi.write_text(json.dumps(square(100, 100, 400, "Tumor")))
+    ran = tile(bagscope, study, "--slides", slides, "--roi", roi, "--roi-include", "Tumour")
+    assert ran.code == 2
+    assert "'Tumour'" in ran.err
+    assert "'Tumor'" in ran.err
+    assert not (study / "tilings").exists()
+
+
 def test_an_annotation_beside_the_slide_is_named(
     bagscope: Command, slides: Path, tmp_path: Path
 ) -> None:
