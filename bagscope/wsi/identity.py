@@ -7,7 +7,9 @@ sixteen blocks spread over the rest.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -86,26 +88,27 @@ def slide_files(path: Path) -> list[Path]:
 
 
 def sampled_blocks(sizes: Sequence[tuple[int, Path]]) -> list[tuple[Path, int, int]]:
-    """Return (file, offset, length) of the sampled blocks.
+    """Return (file, offset, length) of the sampled blocks, file by file.
 
-    All files are laid end to end in the given order; block starts divide that length evenly, from
-    its very first byte to the block that holds its last. A block ends where its file ends.
+    All files are laid end to end in the given order. Block starts divide that length evenly, from
+    its very first byte to the block that holds its last; a block goes on into the next file.
     """
     total = sum(size_bytes for size_bytes, _ in sizes)
     last_start = max(0, total - BLOCK_BYTES)
     starts = sorted({last_start * i // (SAMPLED_BLOCKS - 1) for i in range(SAMPLED_BLOCKS)})
+    ends = list(itertools.accumulate(size_bytes for size_bytes, _ in sizes))
     blocks: list[tuple[Path, int, int]] = []
-    position, files = 0, iter(sizes)
-    size_bytes, member = next(files)
     for start in starts:
-        while start >= position + size_bytes:
-            position += size_bytes
-            following = next(files, None)
-            if following is None:
-                return blocks
-            size_bytes, member = following
-        offset = start - position
-        blocks.append((member, offset, min(BLOCK_BYTES, size_bytes - offset)))
+        stop = min(start + BLOCK_BYTES, total)
+        index = bisect.bisect_right(ends, start)
+        while start < stop:
+            size_bytes, member = sizes[index]
+            offset = start - (ends[index] - size_bytes)
+            length = min(stop - start, size_bytes - offset)
+            if length:
+                blocks.append((member, offset, length))
+            start += length
+            index += 1
     return blocks
 
 
