@@ -192,9 +192,23 @@ def _padding(
         reach = reach[: rgb.shape[0], : rgb.shape[1]]
         # Ringing of strong JPEG compression moves pixels beside an edge by tens of levels.
         slack = 40 if high < _PAD_DARK else 10
-        padding |= (reach > 0) & (full >= max(0, low - slack)) & (full <= min(255, high + slack))
-    # Two more pixels, where resampling has mixed padding with glass.
-    return np.asarray(cv2.dilate(padding.view(np.uint8), np.ones((5, 5), np.uint8)) > 0)
+        alike = (full >= max(0, low - slack)) & (full <= min(255, high + slack))
+        padding |= (reach > 0) & alike
+        _add_thin_frame(padding, alike)
+    return np.asarray(cv2.dilate(padding.view(np.uint8), np.ones((3, 3), np.uint8)) > 0)
+
+
+def _add_thin_frame(padding: Bools, alike: Bools) -> None:
+    """Add outermost lines of pixels that have nearly all the colour of padding, in place.
+
+    A frame of a few pixels is thinner than the blocks that padding is recognised by.
+    """
+    for turned, target in ((alike, padding), (alike.T, padding.T)):
+        for order in (slice(None), slice(None, None, -1)):
+            lines = turned[order][: 3 * BLOCK_PX]
+            full = lines.mean(axis=1) > 0.9
+            depth = len(full) if full.all() else int(full.argmin())
+            target[order][:depth] |= lines[:depth]
 
 
 def _shrunk(mask: Bools, size: tuple[int, int]) -> Bools:

@@ -26,7 +26,9 @@ MIN_MARK_UM2 = 12_000.0
 MIN_SURE_SHARE = 0.1
 """Least part of a mark that the strict rule accepts; dense tissue has it here and there."""
 
-SPREAD_UM = 24.0
+MAX_UNEVEN = 0.45
+MIN_DARKNESS_SHARE = 0.35
+SPREAD_UM = 16.0
 """How far the ink's blurred edge is counted with it."""
 
 Floats = NDArray[np.float32]
@@ -64,50 +66,66 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
     stroke = max(2, round(MIN_STROKE_UM / mpp))
     thick = np.ones((stroke, stroke), np.uint8)
     for rule in (_red, _green, _blue, _black):
-        strict, loose = rule(channels)
-        strict &= ~void & (uneven < 0.25)
-        core = cv2.erode(strict.astype(np.uint8), thick)
+        strict, loose, across, key = rule(channels)
+        strict &= ~void & (uneven < MAX_UNEVEN)
+        core = cv2.erode(strict.view(np.uint8), thick)
         if core.any():
-            wide = ((loose | strict) & ~void).astype(np.uint8)
-            wide = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
-            pen |= _touching(wide, cv2.dilate(core, thick), MIN_MARK_UM2 / mpp**2)
+            # Ink on tissue takes the tissue's colour on, but is darker than it is without.
+            bare = (mean > 0.05) & ~loose & ~void
+            darkest = float(np.percentile(key[bare], 96)) if bare.any() else 0.0
+            wide = (strict | loose | (across & (key > max(1.1 * darkest, 0.4)))) & ~void
+            wide = cv2.morphologyEx(wide.view(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+            pen |= _marks(wide, cv2.dilate(core, thick), mean, MIN_MARK_UM2 / mpp**2)
     reach = 2 * max(1, round(SPREAD_UM / mpp)) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))
     pen = cv2.morphologyEx(pen, cv2.MORPH_CLOSE, kernel)
     return np.asarray(cv2.dilate(pen, kernel) > 0)
 
 
-def _red(c: _Channels) -> tuple[Bools, Bools]:
-    strict = (c.red < 0.16 * c.green) & (c.blue > 0.55 * c.green) & (c.green > 0.45)
-    loose = (c.red < 0.36 * c.green) & (c.blue > 0.5 * c.green) & (c.green > 0.3)
-    return strict & (c.blue < 1.3 * c.green), loose & (c.blue < 1.35 * c.green)
+_Rule = tuple[Bools, Bools, Bools, Floats]
+"""Where ink is certain, likely, and possible on tissue, and the channel that it takes most of."""
 
 
-def _green(c: _Channels) -> tuple[Bools, Bools]:
+def _red(c: _Channels) -> _Rule:
+    hue = c.blue < 1.35 * c.green
+    strict = hue & (c.red < 0.16 * c.green) & (c.blue > 0.55 * c.green) & (c.green > 0.45)
+    loose = hue & (c.red < 0.36 * c.green) & (c.blue > 0.5 * c.green) & (c.green > 0.3)
+    return strict, loose, hue & (c.red < 0.5 * c.green) & (c.blue > 0.45 * c.green), c.green
+
+
+def _green(c: _Channels) -> _Rule:
     strict = (c.red > 1.6 * c.green) & (c.blue > 1.2 * c.green) & (c.red > 0.4)
     loose = (c.red > 1.1 * c.green) & (c.blue > 0.75 * c.green) & (c.red > 0.3)
-    return strict, loose
+    return strict, loose, (c.red > 0.95 * c.green) & (c.blue > 0.5 * c.green), c.red
 
 
-def _blue(c: _Channels) -> tuple[Bools, Bools]:
+def _blue(c: _Channels) -> _Rule:
     strict = (c.red > 1.12 * c.green) & (c.blue < 0.25 * c.red) & (c.red > 0.6)
     loose = (c.red > 0.95 * c.green) & (c.blue < 0.38 * c.red) & (c.red > 0.4)
-    return strict, loose
+    return strict, loose, (c.red > 0.75 * c.green) & (c.blue < 0.55 * c.red), c.red
 
 
-def _black(c: _Channels) -> tuple[Bools, Bools]:
+def _black(c: _Channels) -> _Rule:
     least = cv2.min(cv2.min(c.red, c.green), c.blue)
     most = cv2.max(cv2.max(c.red, c.green), c.blue)
     strict = (least > 0.75 * most) & (least > 0.75) & (c.uneven < 0.12)
     loose = (least > 0.65 * most) & (least > 0.5)
-    return strict, loose
+    return strict, loose, least > 0.5 * most, np.asarray(least)
 
 
-def _touching(mask: NDArray[Any], core: NDArray[Any], least_px: float) -> NDArray[np.uint8]:
-    """Keep the components of `mask` that are large enough and to a fair part sure ink."""
+def _marks(
+    mask: NDArray[Any], core: NDArray[Any], mean: Floats, least_px: float
+) -> NDArray[np.uint8]:
+    """Keep the components of `mask` that are large enough and to a fair part sure ink.
+
+    Of those, only what absorbs nearly as much as their sure part: coarse chroma lends the colour
+    of ink to its surroundings, but not its darkness.
+    """
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     area = stats[:, cv2.CC_STAT_AREA]
     sure = np.bincount(labels[core > 0], minlength=len(area))
-    keep = ((area >= least_px) & (sure >= MIN_SURE_SHARE * area)).astype(np.uint8)
-    keep[0] = 0
-    return np.asarray(keep[labels])
+    amount = np.bincount(labels[core > 0], weights=mean[core > 0], minlength=len(area))
+    keep = (area >= least_px) & (sure >= MIN_SURE_SHARE * area)
+    keep[0] = False
+    least = np.where(keep, MIN_DARKNESS_SHARE * amount / np.maximum(sure, 1), np.inf)
+    return np.asarray(mean > least.astype(np.float32)[labels], np.uint8)

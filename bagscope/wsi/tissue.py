@@ -27,6 +27,7 @@ FINEST_MPP = 6.0
 
 MIN_FRAGMENT_UM2 = 12_000.0
 MIN_HOLE_UM2 = 10_000.0
+MIN_FAINT_HOLE_UM2 = 40_000.0
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
 
@@ -106,6 +107,8 @@ def _segment(
     absorbed = _absorption(cv2.resize(rgb, half, interpolation=cv2.INTER_AREA), glass)
     # The share of light lost to uneven illumination is no absorption.
     absorbed -= _falloff_at(glass, half, full)[..., None]
+    # Padding rings into its neighbourhood where JPEG is coarse.
+    void = cv2.dilate(void.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     half_void = _nearest(void, half)
     absorbed[half_void] = 0
 
@@ -124,6 +127,8 @@ def _segment(
     # along a border.
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
     pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    coarse |= _closed(coarse & (cut <= FAINT_CUT), 2 * mpp) & ~away
+    pale |= _webbed(dark, usual, coarse) & ~away
     near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     pale &= cv2.blur(coarse.astype(np.float32), (25, 25)) > 0.55
     tissue = _sharpened(rgb, glass, coarse, stained & near, cut, level) | _enlarged(pale, full)
@@ -131,8 +136,8 @@ def _segment(
     tissue &= ~void & ~full_pen
     if pen.any():
         # The halo of ink is tinted as well: beside ink, tissue has to be more than a rim.
-        beside = cv2.dilate(full_pen.view(np.uint8), np.ones((15, 15), np.uint8)) > 0
-        solid = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9), np.uint8))
+        beside = cv2.dilate(full_pen.view(np.uint8), np.ones((31, 31), np.uint8)) > 0
+        solid = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_OPEN, np.ones((11, 11), np.uint8))
         tissue &= ~beside | (solid > 0)
     tissue = _cleaned(tissue, mpp) & ~void & ~full_pen
     fold = find_folds(absorbed, _nearest(tissue, half) & ~pen, 2 * mpp)
@@ -203,11 +208,21 @@ def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Boo
     return _nearest(near > 0, full) & ~away, wide
 
 
+def _webbed(dark: Floats, usual: Floats, coarse: Bools) -> Bools:
+    """Return where thin walls enclose clear gaps, as fat does: dark on average, not everywhere."""
+    mean = cv2.blur(np.minimum(dark, 60), (7, 7))
+    web = (mean > np.maximum(0.08 * usual, 3)) & (usual > 25)
+    web = cv2.erode(web.view(np.uint8), np.ones((11, 11), np.uint8)) > 0
+    return np.asarray(web & (cv2.blur(coarse.astype(np.float32), (25, 25)) > 0.35))
+
+
 def _usual_darkness(dark: Floats, stained: Bools) -> Floats:
     """Return the mean darkness, in grey levels, of the tissue around each pixel: (H, W)."""
     size = (max(1, dark.shape[1] // 4), max(1, dark.shape[0] // 4))
     sure = (stained & (dark > 2)).astype(np.float32)
-    amount = cv2.resize(sure * dark, size, interpolation=cv2.INTER_AREA)
+    # Dust and what is left of padding at its rim are darker than any tissue near the glass.
+    ordinary = 3 * float(np.median(dark[sure > 0])) if sure.any() else 0.0
+    amount = cv2.resize(sure * np.minimum(dark, ordinary), size, interpolation=cv2.INTER_AREA)
     weight = cv2.resize(sure, size, interpolation=cv2.INTER_AREA)
     mean = cv2.blur(amount, (9, 9)) / np.maximum(cv2.blur(weight, (9, 9)), 1e-3)
     return _as_floats(cv2.resize(mean, (dark.shape[1], dark.shape[0])))
@@ -234,8 +249,17 @@ def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools
     around = grown[ring]
     shaded = dark[ring] > 0.5 * darkness[around]
     soft = np.bincount(around, weights=shaded, minlength=count)
-    soft /= np.maximum(np.bincount(around, minlength=count), 1)
+    soft = soft / np.maximum(np.bincount(around, minlength=count), 1)
     return np.asarray(mask & ~(doubtful & (soft > 0.5))[labels])
+
+
+def _closed(faint: Bools, mpp: float) -> Bools:
+    """Close faint tissue over what compression has left of it: larger gaps than elsewhere."""
+    mask = cv2.morphologyEx(
+        faint.view(np.uint8), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+    )
+    _fill_holes(mask, MIN_FAINT_HOLE_UM2 / mpp**2)
+    return np.asarray(mask > 0)
 
 
 def _sharpened(
@@ -263,22 +287,35 @@ def _sharpened(
 
 
 def _cleaned(tissue: Bools, mpp: float) -> Bools:
-    """Close cracks, fill small holes, drop specks."""
-    mask = tissue.view(np.uint8)
+    """Close cracks, fill small holes, drop threads and specks."""
+    mask = np.ascontiguousarray(tissue).view(np.uint8)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
+    # Holes before threads: the thin walls between fat cells are what makes them small holes.
+    _fill_holes(mask, MIN_HOLE_UM2 / mpp**2)
     mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
-    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    specks, holes = [], []
-    for contour in contours:
-        # Positive area: outlines run through the centres of the outermost pixels, those of
-        # holes (negative) through the pixels around them.
-        area = cv2.contourArea(contour, oriented=True)
-        if area <= 0 and -area + len(contour) / 2 + 1 < MIN_FRAGMENT_UM2 / mpp**2:
-            specks.append(contour)
-        elif area > 0 and area - len(contour) / 2 + 1 < MIN_HOLE_UM2 / mpp**2:
-            holes.append(contour)
-    mask = np.ascontiguousarray(mask)
-    cv2.drawContours(mask, holes, -1, 1, cv2.FILLED)
-    cv2.drawContours(mask, specks, -1, 0, cv2.FILLED)
+    _drop_specks(mask, MIN_FRAGMENT_UM2 / mpp**2)
     return np.asarray(mask > 0)
+
+
+def _fill_holes(mask: NDArray[Any], least_px: float) -> None:
+    """Fill holes smaller than `least_px`, in place."""
+    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    # A hole's contour turns the other way and runs through the pixels around it.
+    holes = [
+        contour
+        for contour in contours
+        if 0 < cv2.contourArea(contour, oriented=True) < least_px + len(contour) / 2 - 1
+    ]
+    cv2.drawContours(mask, holes, -1, 1, cv2.FILLED)
+
+
+def _drop_specks(mask: NDArray[Any], least_px: float) -> None:
+    """Remove components smaller than `least_px`, holes counted in, in place."""
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    specks = [
+        contour
+        for contour in contours
+        if cv2.contourArea(contour) + len(contour) / 2 + 1 < least_px
+    ]
+    cv2.drawContours(mask, specks, -1, 0, cv2.FILLED)
