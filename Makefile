@@ -57,7 +57,10 @@ drill: $(READY) ## kill a run 200 times at random moments, resume, compare
 golden: $(READY) ## write the golden files of tests/golden anew (a change wants a changelog line)
 	$(BIN)/python tests/golden/make.py
 
+docs: $(READY) ## check the docs: links, named verbs, and that the README's commands run
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
 clean: ## remove the environment and everything that a verb made
 	rm -rf $(VENV) demo build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo fmt lint check test test-gpu bench drill golden clean
+.PHONY: help install demo fmt lint check test test-gpu bench drill golden docs clean

@@ -39,7 +39,8 @@ def bagscope() -> Callable[..., Ran]:
 
 
 @pytest.fixture(scope="session")
-def _slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slides_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of three small scans, not to be changed."""
     folder = tmp_path_factory.mktemp("slides")
     for index, name in enumerate(("a", "b", "c")):
         build_stained_svs(folder / f"{name}.svs", mpp=1.0, downsamples=(1, 4), seed=index)
@@ -47,9 +48,9 @@ def _slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def slides(_slides: Path, tmp_path: Path) -> Path:
+def slides(slides_once: Path, tmp_path: Path) -> Path:
     """Return a fresh folder of three small scans at 1 µm per pixel."""
-    return Path(shutil.copytree(_slides, tmp_path / "slides"))
+    return Path(shutil.copytree(slides_once, tmp_path / "slides"))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
