@@ -48,6 +48,7 @@ class OpenSlideSlide:
         self._lock = threading.Lock()
         self._handle: openslide.OpenSlide | None = open_handle(path)
         self._pid = os.getpid()
+        self._closed = False
         self.info: SlideInfo = describe(
             self._handle,
             path,
@@ -95,8 +96,9 @@ class OpenSlideSlide:
         try:
             image = handle.associated_images[name]
         except openslide_error as error:
-            self._replace(handle)
-            raise ReadError(f"{self._path.name}: {name} image: {error}") from error
+            self._discard(handle)
+            reason = _without_folder(error, self._path)
+            raise ReadError(f"{self._path.name}: {name} image: {reason}") from error
         return composite(np.asarray(image.convert("RGBA")), self.info.background)
 
     def close(self) -> None:
@@ -105,7 +107,7 @@ class OpenSlideSlide:
             if self._handle is not None and self._pid == os.getpid():
                 self._handle.close()
             self._handle = None
-            self._pid = 0
+            self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -129,36 +131,35 @@ class OpenSlideSlide:
             return np.asarray(handle.read_region(location_l0, level, size))
         except openslide_error as error:
             _log.debug("%s: reopened after %s", self._path.name, error)
-            fresh = self._replace(handle)
-        # An OpenSlide handle that failed once fails for ever, so the fault may be another
-        # thread's: only a failure on a fresh handle is this region's own.
+            self._discard(handle)
+        # A handle that failed once fails for ever, so the fault may be another thread's: only a
+        # failure on a handle that nobody else has is this region's own.
+        fresh = open_handle(self._path)
         try:
-            return np.asarray(fresh.read_region(location_l0, level, size))
+            rgba = np.asarray(fresh.read_region(location_l0, level, size))
         except openslide_error as error:
-            self._replace(fresh)
-            raise ReadError(f"OpenSlide could not read it ({error})") from error
+            reason = _without_folder(error, self._path)
+            raise ReadError(f"OpenSlide could not read it ({reason})") from error
+        with self._lock:
+            if self._handle is None and not self._closed:
+                self._handle = fresh
+        return rgba
 
     def _open_handle(self) -> openslide.OpenSlide:
         """Return this process's handle; one that came through a fork is never used."""
-        handle, pid = self._handle, self._pid
-        if handle is not None and pid == os.getpid():
-            return handle
         with self._lock:
-            if self._handle is None and self._pid == 0:
+            if self._closed:
                 raise ReadError(f"{self._path.name}: read after it was closed")
             if self._handle is None or self._pid != os.getpid():
                 self._handle = open_handle(self._path)
                 self._pid = os.getpid()
             return self._handle
 
-    def _replace(self, failed: openslide.OpenSlide) -> openslide.OpenSlide:
-        # The failed handle is left to the garbage collector: other threads may be inside it.
+    def _discard(self, failed: openslide.OpenSlide) -> None:
+        # It is left to the garbage collector: other threads may be inside it.
         with self._lock:
-            if self._handle is None:
-                raise ReadError(f"{self._path.name}: closed while it was read")
             if self._handle is failed:
-                self._handle = open_handle(self._path)
-            return self._handle
+                self._handle = None
 
 
 def reachable_start(position_lv: int, downsample: float) -> tuple[int, int]:
@@ -193,7 +194,7 @@ def open_handle(path: Path) -> openslide.OpenSlide:
         ) from error
     except openslide.OpenSlideError as error:
         raise ReadError(
-            f"{path.name}: OpenSlide can't open it ({error}); "
+            f"{path.name}: OpenSlide can't open it ({_without_folder(error, path)}); "
             "the file may be damaged or cut short: copy it again"
         ) from error
 
@@ -259,6 +260,11 @@ def _background(properties: dict[str, str]) -> Rgb:
     except ValueError:
         return WHITE
     return red, green, blue
+
+
+def _without_folder(error: Exception, path: Path) -> str:
+    """Return an error's text without the folder, which has no place in reports."""
+    return str(error).replace(str(path), path.name)
 
 
 def _openslide_error() -> type[Exception]:
