@@ -62,11 +62,7 @@ def _tile_facts(slide: Slide, tiled: TiledSlide) -> dict[str, Json]:
         "tissue_mm2": round(np.count_nonzero(tissue) * tiled.overview.mpp**2 / 1e6, 2),
     }
     if len(tiled.tiles) == 0:
-        facts["problem"] = "no tile is kept: " + ", ".join(
-            f"{count} {reason.replace('_', ' ')}"
-            for reason, count in tiled.tiles.dropped.items()
-            if count and reason != "candidates"
-        )
+        facts["problem"] = tiled.warnings[-1]
         return facts
     chosen = spread_sample(tiled.tiles.grid, TIMED_TILES, seed=0)
     started = time.perf_counter()

@@ -121,12 +121,21 @@ def tile_slide(
     )
     if spec.coarser_mpp:
         tiles = _with_coarser(tiles, overview, tissue_map, spec.coarser_mpp)
+    if not len(tiles):
+        warnings = (*warnings, f"no tile is kept: {_reasons_text(tiles.dropped)}")
     return TiledSlide(
         tiles=tiles,
         overview=overview,
         tissue_map=tissue_map,
         warnings=(*slide.info.warnings, *overview.problems, *warnings),
     )
+
+
+def _reasons_text(dropped: Mapping[str, int]) -> str:
+    """Return why places were not kept, as people say it: "312 little tissue, 4 pen"."""
+    counts = {name: count for name, count in dropped.items() if count and name != "candidates"}
+    listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    return listed or "the scanned area is smaller than a tile"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

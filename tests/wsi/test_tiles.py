@@ -208,7 +208,9 @@ def test_few_windows_are_read_however_many_tiles(scanned: Callable[..., Path]) -
 def test_an_empty_slide_gives_no_tiles(tmp_path: Path) -> None:
     blank = np.full((700, 900, 3), 243, np.uint8)
     build_svs(tmp_path / "a.svs", mpp=0.5, image=blank)
-    made = tiled(tmp_path / "a.svs", SPEC.model_copy(update={"coarser_mpp": (1.0,)})).tiles
+    found = tiled(tmp_path / "a.svs", SPEC.model_copy(update={"coarser_mpp": (1.0,)}))
+    made = found.tiles
+    assert found.warnings == ("no tile is kept: 35 little tissue",)
     assert len(made) == 0
     assert made.coords_l0.shape == (0, 2)
     assert made.coarser is not None
@@ -217,6 +219,7 @@ def test_an_empty_slide_gives_no_tiles(tmp_path: Path) -> None:
 
 def test_a_slide_smaller_than_a_tile_gives_no_tiles(tmp_path: Path) -> None:
     build_svs(tmp_path / "a.svs", mpp=0.5, width_px=100, height_px=90, downsamples=(1,))
-    made = tiled(tmp_path / "a.svs", SPEC).tiles
-    assert len(made) == 0
-    assert made.dropped["candidates"] == 0
+    found = tiled(tmp_path / "a.svs", SPEC)
+    assert len(found.tiles) == 0
+    assert found.tiles.dropped["candidates"] == 0
+    assert "smaller than a tile" in found.warnings[-1]
