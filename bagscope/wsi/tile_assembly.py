@@ -57,6 +57,22 @@ class Piece(NamedTuple):
     in_tile: tuple[slice, slice]
 
 
+class Frontier(NamedTuple):
+    """How far a batch in raster order has come, in rows and columns of stored tiles.
+
+    The next batch goes on to the right of the last request, in its rows or in the ones below.
+    """
+
+    top: int
+    bottom: int
+    right: int
+
+    def is_ahead(self, number: int, grid: TileGrid) -> bool:
+        """Return whether the next batches may want a stored tile."""
+        row, column = divmod(number, grid.across)
+        return row >= self.bottom or (row >= self.top and column >= self.right)
+
+
 @dataclass(frozen=True, slots=True)
 class Assembly:
     """Which parts of which stored tiles make up a batch of squares.
@@ -64,11 +80,13 @@ class Assembly:
     Attributes:
         pieces: stored tile's number → its pieces, in the order in which they are best decoded.
         partly_outside: requests that reach beyond the grid.
-        wanted_next: numbers that a batch going on in raster order will want again.
+        frontier: how far the batch goes.
+        wanted_next: numbers that a batch going on from there will want again.
     """
 
     pieces: dict[int, list[Piece]]
     partly_outside: list[int]
+    frontier: Frontier
     wanted_next: frozenset[int]
 
 
@@ -132,39 +150,28 @@ def plan_assembly(corners_gr: NDArray[np.int64], edge_gr: int, grid: TileGrid) -
     for number, request, x0, y0, x1, y1, tile_x, tile_y in rows.tolist():
         in_tile = slice(tile_y, tile_y + y1 - y0), slice(tile_x, tile_x + x1 - x0)
         pieces[number].append(Piece(request, (slice(y0, y1), slice(x0, x1)), in_tile))
+    frontier = Frontier(0, 0, 0)
+    if len(corners_gr):
+        final = np.lexsort((corners_gr[:, 0], corners_gr[:, 1]))[-1]
+        right, bottom = last[final].tolist()
+        frontier = Frontier(int(first[final, 1]), bottom, right)
+    whole = _whole_tile(grid)
     return Assembly(
         pieces=pieces,
         partly_outside=np.flatnonzero(outside).tolist(),
-        wanted_next=_wanted_next(corners_gr, first, last, pieces, grid),
+        frontier=frontier,
+        # A tile that one request shows whole is not expected to be wanted by another.
+        wanted_next=frozenset(
+            number
+            for number, parts in pieces.items()
+            if frontier.is_ahead(number, grid)
+            and not (len(parts) == 1 and parts[0].in_tile == whole)
+        ),
     )
 
 
-def _wanted_next(
-    corners_gr: NDArray[np.int64],
-    first: NDArray[np.int64],
-    last: NDArray[np.int64],
-    pieces: dict[int, list[Piece]],
-    grid: TileGrid,
-) -> frozenset[int]:
-    """Return the stored tiles that the next batch in raster order shares with this one.
-
-    It goes on to the right of the last request, in its row of stored tiles or in the next. A tile
-    that one request shows whole is not expected to be wanted by another.
-    """
-    if not len(corners_gr):
-        return frozenset()
-    final = np.lexsort((corners_gr[:, 0], corners_gr[:, 1]))[-1]
-    top, (right, bottom) = int(first[final, 1]), last[final].tolist()
-    whole = (slice(0, grid.tile_height_gr), slice(0, grid.tile_width_gr))
-    return frozenset(
-        number
-        for number, parts in pieces.items()
-        if not (len(parts) == 1 and parts[0].in_tile == whole)
-        and (
-            number // grid.across >= bottom
-            or (number // grid.across >= top and number % grid.across >= right)
-        )
-    )
+def _whole_tile(grid: TileGrid) -> tuple[slice, slice]:
+    return slice(0, grid.tile_height_gr), slice(0, grid.tile_width_gr)
 
 
 def assemble(
@@ -197,7 +204,12 @@ def assemble(
         squares[rows[request]] = background
     local = threading.local()
     faults: dict[int, ReadError] = {}
-    kept: dict[int, NDArray[np.uint8] | None] = {}
+    # What earlier batches left and this one did not touch may still lie ahead.
+    kept = {
+        number: pixels
+        for number, pixels in store.tiles.items()
+        if number not in assembly.pieces and assembly.frontier.is_ahead(number, grid)
+    }
     buffers = {
         number: store.idle.pop()
         if store.idle
@@ -205,7 +217,7 @@ def assemble(
         for number in assembly.wanted_next
         if number not in store.tiles
     }
-    whole = (slice(0, grid.tile_height_gr), slice(0, grid.tile_width_gr))
+    whole = _whole_tile(grid)
 
     def place(number: int, parts: list[Piece]) -> None:
         if number in store.tiles:
