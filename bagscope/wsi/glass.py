@@ -67,6 +67,10 @@ def estimate_glass(rgb: NDArray[np.uint8], ignore: Bools | None = None) -> Glass
         glass_range = _brightest(small, grey, usable, levels.pads)
         flat = usable
     if glass_range is None and levels.fallback is not None:
+        margin = _margin_colour(rgb, padding, levels.fallback[1] + 16)
+        if margin is not None:
+            nothing = np.zeros(small.shape[:2], np.float32)
+            return Glass(colour=margin, falloff=nothing, padding=padding, measured=True)
         # Nothing brighter than the even colour: that colour is the glass itself.
         glass_range = levels.fallback
         flat = (span <= _FLAT_RANGE) & (True if ignore is None else ~_shrunk(ignore, small_size))

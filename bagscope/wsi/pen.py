@@ -27,6 +27,9 @@ MIN_SURE_SHARE = 0.1
 """Least part of a mark that the strict rule accepts; dense tissue has it here and there."""
 
 MAX_UNEVEN = 0.45
+MAX_GRAIN = 0.05
+"""Mean difference from the pixels around, relative to the absorption; tissue has 0.05 and more."""
+
 MIN_DARKNESS_SHARE = 0.35
 SPREAD_UM = 16.0
 """How far the ink's blurred edge is counted with it."""
@@ -37,13 +40,13 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class _Channels:
-    """Absorption ln(glass / pixel) of each channel, and how uneven the mean is nearby."""
+    """Absorption ln(glass / pixel) of each channel, their mean, and its relative grain."""
 
     red: Floats
     green: Floats
     blue: Floats
     mean: Floats
-    uneven: Floats
+    grain: Floats
 
 
 def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
@@ -62,7 +65,9 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
         return pen > 0
     square = cv2.blur(mean * mean, (5, 5)) - cv2.blur(mean, (5, 5)) ** 2
     uneven = np.sqrt(np.maximum(square, 0)) / np.maximum(mean, 0.05)
-    channels = _Channels(red, green, blue, mean, uneven)
+    raw = np.asarray(cv2.transform(absorbed, np.full((1, 3), 1 / 3, np.float32)))
+    grain = np.abs(raw - cv2.blur(raw, (3, 3))) / np.maximum(mean, 0.05)
+    channels = _Channels(red, green, blue, mean, grain)
     stroke = max(2, round(MIN_STROKE_UM / mpp))
     thick = np.ones((stroke, stroke), np.uint8)
     for rule in (_red, _green, _blue, _black):
@@ -96,6 +101,7 @@ def _red(c: _Channels) -> _Rule:
 def _green(c: _Channels) -> _Rule:
     strict = (c.red > 1.6 * c.green) & (c.blue > 1.2 * c.green) & (c.red > 0.4)
     loose = (c.red > 1.1 * c.green) & (c.blue > 0.75 * c.green) & (c.red > 0.3)
+    strict |= _smooth_parts(loose & (c.red > 0.7), c.grain)
     return strict, loose, (c.red > 0.95 * c.green) & (c.blue > 0.5 * c.green), c.red
 
 
@@ -108,9 +114,23 @@ def _blue(c: _Channels) -> _Rule:
 def _black(c: _Channels) -> _Rule:
     least = cv2.min(cv2.min(c.red, c.green), c.blue)
     most = cv2.max(cv2.max(c.red, c.green), c.blue)
-    strict = (least > 0.75 * most) & (least > 0.75) & (c.uneven < 0.12)
+    strict = _smooth_parts((least > 0.72 * most) & (least > 0.7), c.grain)
     loose = (least > 0.65 * most) & (least > 0.5)
     return strict, loose, least > 0.5 * most, np.asarray(least)
+
+
+def _smooth_parts(mask: Bools, grain: Floats) -> Bools:
+    """Keep the components whose inside is even: ink flows, tissue has cells."""
+    bits = mask.view(np.uint8)
+    count, labels, _, _ = cv2.connectedComponentsWithStats(bits, connectivity=4)
+    if count < 2:
+        return mask
+    core = cv2.erode(bits, np.ones((3, 3), np.uint8)) > 0
+    number = np.bincount(labels[core], minlength=count)
+    total = np.bincount(labels[core], weights=grain[core], minlength=count)
+    keep = (number >= 6) & (total < MAX_GRAIN * np.maximum(number, 1))
+    keep[0] = False
+    return np.asarray(keep[labels])
 
 
 def _marks(

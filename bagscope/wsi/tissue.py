@@ -127,6 +127,7 @@ def _segment(
     # along a border.
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
     pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    coarse |= _untinted_parts((dark > cut) & ~away, coarse, dark, away)
     coarse |= _closed(coarse & (cut <= FAINT_CUT), 2 * mpp) & ~away
     pale |= _webbed(dark, usual, coarse) & ~away
     near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
@@ -251,6 +252,40 @@ def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools
     soft = np.bincount(around, weights=shaded, minlength=count)
     soft = soft / np.maximum(np.bincount(around, minlength=count), 1)
     return np.asarray(mask & ~(doubtful & (soft > 0.5))[labels])
+
+
+def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools) -> Bools:
+    """Return the parts of `dim` beside sure tissue that end in an edge, as shade does not.
+
+    Mixed stains can be grey, and coarse chroma can lose a faint tint. A part counts where it is
+    nearly as dark just inside its border with glass as in its middle, and glass begins at once.
+    """
+    rest = cv2.morphologyEx((dim & ~sure).view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(rest, connectivity=4)
+    if count < 2:
+        return rest > 0
+    glass = (~(dim | sure | away)).view(np.uint8)
+    near = cv2.dilate(glass, np.ones((9, 9), np.uint8)) > 0
+    edge = cv2.dilate(glass, np.ones((3, 3), np.uint8)) > 0
+    grown = cv2.dilate(labels.astype(np.float32), np.ones((9, 9), np.uint8)).astype(np.int32)
+    covered = cv2.dilate((dim | sure | away).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
+
+    def mean_of(owner: NDArray[np.int32], where: Bools) -> tuple[Floats, NDArray[np.intp]]:
+        at = owner[where]
+        number = np.bincount(at, minlength=count)
+        total = np.bincount(at, weights=dark[where], minlength=count)
+        return _as_floats(total / np.maximum(number, 1)), number
+
+    middle, _ = mean_of(labels, (labels > 0) & ~edge)
+    inside, inside_px = mean_of(labels, (labels > 0) & near & ~edge)
+    outside, outside_px = mean_of(grown, (grown > 0) & ~covered)
+    _, touching_px = mean_of(grown, (grown > 0) & sure)
+    sharp = (inside > 0.8 * middle) & (outside < 0.35 * middle)
+    sharp &= np.minimum(inside_px, outside_px) >= 8
+    keep = (touching_px >= 12) & (sharp | (outside_px < 0.25 * touching_px))
+    keep &= touching_px > 0.5 * outside_px
+    keep[0] = False
+    return np.asarray(keep[labels])
 
 
 def _closed(faint: Bools, mpp: float) -> Bools:
