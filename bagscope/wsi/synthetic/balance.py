@@ -1,17 +1,19 @@
-"""Bring a tumour's mean colour to that of the tissue it replaces.
+"""Bring a tumour's mean colour to that of the tissue around it.
 
-A slide's tumour must be told by its nuclei and not by its tint. The same places are drawn twice,
-with the tumour and as if it were not there; two factors on the tumour's stain concentrations and a
-shift of a few grey levels then make the mean colours equal.
+A slide's tumour must be told by its nuclei and not by its tint. Places inside the tumour and inside
+the slide's other tissue are drawn; two factors on the tumour's stain concentrations and a shift of
+a few grey levels then make the mean colours equal.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bagscope.wsi.synthetic.layout import FIELD_STEP_UM
 from bagscope.wsi.synthetic.render import Window, render_concentrations
+from bagscope.wsi.synthetic.tissue_texture import REFERENCE_MPP
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     from bagscope.wsi.synthetic.stain import Palette
     from bagscope.wsi.synthetic.tissue_texture import TissueKit
 
-_SAMPLES = 10
-_SAMPLE_PX = 320
+_SAMPLES = 64
+_SAMPLE_PX = 256
+_INSIDE_UM = 0.75 * _SAMPLE_PX * REFERENCE_MPP
 _STEPS = 4
 
 
@@ -44,14 +47,19 @@ def balance_tumor(layout: Layout, kit: TissueKit, palette: Palette, seed: int) -
     """Return the factors and the shift that make the tumour's mean colour that of the tissue."""
     import numpy as np
 
-    drawn, wanted, weights = _sample_pairs(layout, kit, palette, np.random.default_rng([5, seed]))
-    if not len(weights):
+    rng = np.random.default_rng([5, seed])
+    fields = layout.fields
+    inside = np.minimum(fields.depth_um - _INSIDE_UM, fields.tumor_um)
+    around = np.minimum(fields.depth_um - _INSIDE_UM, -fields.tumor_um - _INSIDE_UM)
+    tumor = _pixels(layout, kit, inside, rng, tumor=True)
+    other = _pixels(layout, kit, around, rng, tumor=False)
+    if not len(tumor) or not len(other):
         return TumorBalance(h_factor=1, e_factor=1, shift_rgb=np.zeros(3, np.float32))
-    target = np.average(wanted, axis=0, weights=weights)
+    target = palette.colours(other[:, 0], other[:, 1]).mean(axis=0)
 
     def mean_rgb(factors: NDArray[np.float64]) -> NDArray[np.float64]:
-        h, e = (np.clip(np.rint(drawn[:, i] * factors[i]), 0, 255).astype(np.uint8) for i in (0, 1))
-        return np.average(palette.colours(h, e), axis=0, weights=weights)
+        h, e = (np.clip(np.rint(tumor[:, i] * factors[i]), 0, 255).astype(np.uint8) for i in (0, 1))
+        return np.asarray(palette.colours(h, e).mean(axis=0), np.float64)
 
     factors = np.ones(2)
     for _ in range(_STEPS):
@@ -66,17 +74,24 @@ def balance_tumor(layout: Layout, kit: TissueKit, palette: Palette, seed: int) -
     )
 
 
-def _sample_pairs(
-    layout: Layout, kit: TissueKit, palette: Palette, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
-    """Return tumour pixels as (h, e), their colours had there been no tumour, and weights."""
+def _pixels(
+    layout: Layout,
+    kit: TissueKit,
+    where: NDArray[np.floating],
+    rng: np.random.Generator,
+    *,
+    tumor: bool,
+) -> NDArray[np.uint8]:
+    """Return pixels as (N, 2) concentrations, of windows whose centres have `where` above 0."""
     import numpy as np
 
-    fields = layout.fields
-    places = np.flatnonzero((fields.tumor_um > 0) & (fields.depth_um > 10))
-    drawn, wanted, weights = [], [], []
-    for place in rng.choice(places, min(_SAMPLES, len(places)), replace=False):
-        row, column = divmod(int(place), fields.depth_um.shape[1])
+    places = np.flatnonzero(where > 0)
+    found = [np.zeros((0, 2), np.uint8)]
+    # Evenly from top to bottom, so that few windows stand for the whole slide.
+    strata = np.linspace(0, len(places), min(_SAMPLES, len(places)) + 1).astype(int)
+    for first, last in itertools.pairwise(strata.tolist()):
+        place = int(places[rng.integers(first, last)])
+        row, column = divmod(place, where.shape[1])
         window = Window(
             x_l0=round(column * FIELD_STEP_UM / kit.mpp) - _SAMPLE_PX // 2,
             y_l0=round(row * FIELD_STEP_UM / kit.mpp) - _SAMPLE_PX // 2,
@@ -84,14 +99,7 @@ def _sample_pairs(
             height_px=_SAMPLE_PX,
         )
         h, e, weight = render_concentrations(layout, kit, window)
-        if weight is None:
-            continue
-        plain_h, plain_e, _ = render_concentrations(layout, kit, window, with_tumor=False)
-        inside = weight > 0.99
-        drawn.append(np.stack([h[inside], e[inside]], axis=1)[::3])
-        wanted.append(palette.colours(plain_h[inside], plain_e[inside])[::3])
-        weights.append(np.ones(len(drawn[-1])))
-    if not drawn:
-        nothing = np.zeros((0, 3), np.uint8)
-        return nothing, nothing, np.zeros(0)
-    return np.concatenate(drawn), np.concatenate(wanted), np.concatenate(weights)
+        share = np.zeros(h.shape) if weight is None else weight
+        keep = share > 0.99 if tumor else share < 0.01
+        found.append(np.stack([h[keep], e[keep]], axis=1)[::3])
+    return np.concatenate(found)

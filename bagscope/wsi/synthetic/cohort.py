@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -94,11 +95,8 @@ def plan_cohort(
 
 def _owners(slides: int) -> list[int]:
     """Return whose each of some slides is: every so often the same patient's as the one before."""
-    owners: list[int] = []
-    for i in range(slides):
-        again = i % _SLIDES_PER_PAIR == 1
-        owners.append(owners[-1] if again else i)
-    return owners
+    again = (i % _SLIDES_PER_PAIR == 1 for i in range(slides))
+    return [owner - 1 for owner in itertools.accumulate(0 if same else 1 for same in again)]
 
 
 def write_cohort(

@@ -233,6 +233,12 @@ def _compartments(
         cells = min(scale_um / FIELD_STEP_UM, min(rows, columns) / 5)
         return smooth_noise(rng, rows, columns, cells, cells)
 
+    tissue = depth_um > 0
+
+    def above_share(field: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+        """Shift a field so that it is above 0 in a share of the tissue."""
+        return np.asarray(field - np.quantile(field[tissue], 1 - share), np.float32)
+
     y, x = np.mgrid[0:rows, 0:columns].astype(np.float32) * np.float32(FIELD_STEP_UM)
     u = x * np.cos(turn) + y * np.sin(turn) + 40 * noise(90)
     v = -x * np.sin(turn) + y * np.cos(turn) + 55 * noise(105) + 8 * noise(38)
@@ -241,9 +247,9 @@ def _compartments(
         tumor_um=tumor_um,
         fibre_u_um=u.astype(np.float32),
         fibre_v_um=v.astype(np.float32),
-        fat=noise(130) - 1.35,
-        gland=noise(190) - 0.1,
-        lymph=noise(60) - 1.75,
+        fat=above_share(noise(130), rng.uniform(0.0, 0.05)),
+        gland=above_share(noise(190), rng.uniform(0.3, 0.6)),
+        lymph=above_share(noise(60), rng.uniform(0.02, 0.06)),
         thickness=1 + 0.10 * noise(300) + 0.05 * noise(50),
     )
 

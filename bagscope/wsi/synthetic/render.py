@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from bagscope.wsi.synthetic.layout import Layout, Places
     from bagscope.wsi.synthetic.tissue_texture import Stamp, TissueKit
 
-FRAY_UM = 9.0
+FRAY_UM = 7.0
 """How far the texture moves a fragment's edge in and out."""
 
 _HAZE = 6
+_FIBRE_MEAN = 62
 _NODE_UM = 2.0
 _REACH_UM = 75.0
 
@@ -98,7 +99,7 @@ def _weights(
 
 
 def render_concentrations(
-    layout: Layout, kit: TissueKit, window: Window, *, with_tumor: bool = True
+    layout: Layout, kit: TissueKit, window: Window
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32] | None]:
     """Draw the tissue of a window.
 
@@ -106,7 +107,6 @@ def render_concentrations(
         layout: the slide.
         kit: textures and stamps at the slide's resolution.
         window: what to draw.
-        with_tumor: false draws the tissue as if there were no tumour.
 
     Returns:
         (height_px, width_px) concentration bytes of haematoxylin and of the second stain, and the
@@ -125,10 +125,9 @@ def render_concentrations(
         )
     h = np.full(e.shape, _HAZE, np.uint8)
     weight = None
-    if with_tumor:
-        tumor_um = interpolated(fields.tumor_um, window, mpp)
-        if tumor_um.max() > -4:
-            weight = ramp(tumor_um, -4, 4)
+    tumor_um = interpolated(fields.tumor_um, window, mpp)
+    if tumor_um.max() > -4:
+        weight = ramp(tumor_um, -4, 4)
     _stamp_structures(h, e, layout.normal_structures, kit, window, skip_tumor=weight is not None)
     if weight is not None:
         blobs = texture[..., 3].astype(np.float32)
@@ -150,7 +149,12 @@ def render_concentrations(
     depth_um = interpolated(fields.depth_um, window, mpp)
     cover = interpolated(fields.thickness, window, mpp) * 128
     if depth_um.min() < 3 * FRAY_UM:
-        frayed = depth_um + (texture[..., 0].astype(np.float32) - 62) * (FRAY_UM / 30)
+        # Loose fibres reach further than clefts cut in, to the eye: hence a little less all round.
+        frayed = (
+            depth_um
+            - FRAY_UM / 3
+            + (texture[..., 0].astype(np.float32) - _FIBRE_MEAN) * (FRAY_UM / 30)
+        )
         cover *= ramp(frayed, -1.5, 1.5)
         cover[depth_um < -2.5 * FRAY_UM] = 0
     factor = np.clip(cover, 0, 255).astype(np.uint8)
@@ -248,6 +252,7 @@ def _stamp_nuclei(
             stamp = oriented(stamps, float(places.angle[i]), pick)
         else:
             stamp = stamps[pick % len(stamps)]
-        darken(h, stamp.h, y, x)
         if e is not None and pick % MARKED_EVERY == 0:
             darken(e, stamp.e, y, x)
+        else:
+            darken(h, stamp.h, y, x)

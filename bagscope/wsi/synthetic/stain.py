@@ -61,7 +61,7 @@ def site_palette(site: int, stain: Stain, background: Background) -> Palette:
     else:
         rng = np.random.default_rng([7, site])
         haematoxylin = np.array(_SITES[0][0]) * rng.uniform(0.82, 1.18, 3)
-        eosin = np.array(_SITES[0][1]) * rng.uniform(0.75, 1.25, 3)
+        eosin = np.array(_SITES[0][1]) * rng.uniform(0.75, 1.25, 3) * rng.choice([0.8, 1.2])
         glass = 242 + rng.uniform(-6, 4, 3)
     if background == "grey":
         glass = glass * _GLASS_GREY
