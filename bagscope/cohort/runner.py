@@ -90,7 +90,8 @@ def run_cohort(
         work: a module-level function, or a `functools.partial` of one.
         stage: its name, under which status and claims stand in `status_dir`; it may have several
             parts, such as "tile/0.50mpp_256px".
-        status_dir: the study's `status` folder.
+        status_dir: the study's `status` folder. Temporaries of dead processes are removed from
+            the study folder itself, from the stage's status and from `options.sweep`.
         options: how to run it.
         report: listens.
 
@@ -108,8 +109,10 @@ def run_cohort(
     _make_folder(folder)
     with ExitStack() as stack:
         switch = stack.enter_context(_StopSwitch())
-        stack.callback(_sweep, [folder, *options.sweep])
-        _sweep([folder, *options.sweep])
+        # The study folder too: whoever was killed while making the study left its traces there.
+        swept = [status_dir.parent, folder, *options.sweep]
+        stack.callback(_sweep, swept)
+        _sweep(swept)
         claims = stack.enter_context(ClaimBook(folder, stage=stage, stale_s=options.stale_claim_s))
         stack.callback(claims.sweep)
         claims.sweep()

@@ -155,6 +155,21 @@ def test_stage_that_cannot_be_imported_fails_with_the_reason(run, tmp_path):
     assert "gone_stage" in report.failures[0].message
 
 
+def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_kept(run, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "made").mkdir()
+    folders = (tmp_path, tmp_path / "made", tmp_path / "status" / "plant")
+    folders[-1].mkdir(parents=True)
+    for folder in folders:
+        for pid in (gone.pid, os.getppid()):
+            (folder / f".a.h5.{artifacts.host_name()}~{pid}~0123abcd.tmp").touch()
+    run({"a": "ok"}, sweep=(tmp_path / "made",))
+    left = list(tmp_path.rglob("*.tmp"))
+    assert len(left) == len(folders)
+    assert all(f"~{os.getppid()}~" in path.name for path in left)
+
+
 def test_no_slides_is_an_empty_run(run):
     report = run({})
     assert (report.total, report.exit_code) == (0, 0)
