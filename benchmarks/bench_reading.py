@@ -31,9 +31,9 @@ from bagscope.wsi.geometry import ReadPlan, plan_read
 from bagscope.wsi.jpeg_stream import cached_buffer, complete_stream
 from bagscope.wsi.jpegtiff_backend import JpegTiffSlide
 from bagscope.wsi.opening import open_slide
+from bagscope.wsi.slide import Level
 from bagscope.wsi.stored_tiles import stored_levels
 from bagscope.wsi.synthetic.svs_writer import SvsHeader, SvsWriter
-from bagscope.wsi.tiff_directory import read_structure
 
 EDGE_PX = 20_480
 MPP = 0.25
@@ -92,14 +92,12 @@ def lattice(step_l0: int, columns: int, rows: int, offset_l0: tuple[int, int]) -
 def stored_streams(path: Path, corners: NDArray[np.int32], edge_px: int) -> list[bytes]:
     """Return the complete JPEG of every stored tile that squares at level 0 touch, once each."""
     slide = openslide.OpenSlide(path)
-    from bagscope.wsi.slide import Level
-
     levels = [
         Level(width_px=w, height_px=h, downsample=d)
         for (w, h), d in zip(slide.level_dimensions, slide.level_downsamples, strict=True)
     ]
+    stored = stored_levels(path, "aperio", levels)[0]
     descriptor = os.open(path, os.O_RDONLY)
-    stored = stored_levels(read_structure(descriptor), "aperio", levels)[0]
     numbers = set()
     for x, y in corners.tolist():
         for row in range(y // 256, -(-(y + edge_px) // 256)):

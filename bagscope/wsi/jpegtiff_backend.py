@@ -7,9 +7,9 @@ from libjpeg-turbo, identical to OpenSlide's, several times faster, on any numbe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -29,7 +29,6 @@ from bagscope.wsi.reading import (
 )
 from bagscope.wsi.slide import Downscale, RectL0, SlideInfo, TileBatch
 from bagscope.wsi.stored_tiles import stored_levels
-from bagscope.wsi.tiff_directory import read_structure
 from bagscope.wsi.tile_assembly import TileGrid, TileStore, assemble, plan_assembly
 
 if TYPE_CHECKING:
@@ -46,26 +45,29 @@ _DCT_SUBSAMPLINGS = ("444", "420", "Gray")
 class JpegTiffSlide:
     """A tiled JPEG TIFF. See `bagscope.wsi.slide.Slide` for the methods.
 
+    `opened` is the same file through OpenSlide, where it is open already; it is closed together
+    with this slide.
+
     Raises:
         NotStoredAsTiles: the file is of another kind, and OpenSlide should read it.
     """
 
     def __init__(
-        self, path: Path, *, mpp: float | None = None, allow_estimated_mpp: bool = False
+        self,
+        path: Path,
+        *,
+        mpp: float | None = None,
+        allow_estimated_mpp: bool = False,
+        opened: OpenSlideSlide | None = None,
     ) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._openslide = OpenSlideSlide(
-            path, mpp=mpp, allow_estimated_mpp=allow_estimated_mpp, backend="jpegtiff"
+        self._openslide = opened or OpenSlideSlide(
+            path, mpp=mpp, allow_estimated_mpp=allow_estimated_mpp
         )
-        self.info: SlideInfo = self._openslide.info
+        self.info: SlideInfo = dataclasses.replace(self._openslide.info, backend="jpegtiff")
+        self._levels = stored_levels(path, self.info.format, self.info.levels)
         self._descriptor = os.open(path, os.O_RDONLY)
-        try:
-            structure = read_structure(self._descriptor)
-            self._levels = stored_levels(structure, self.info.format, self.info.levels)
-        except BaseException:
-            self.close()
-            raise
         self._file_bytes = os.fstat(self._descriptor).st_size
         self._subsampling: dict[int, str] = {}
         self._store: tuple[_Kind, TileStore] | None = None
@@ -379,7 +381,7 @@ class JpegTiffSlide:
         return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Kind:
     """Of which level stored tiles are, by how much they are reduced, and whether by a DCT."""
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from bagscope.errors import ConfigError, ReadError, SlideError, UnsupportedSlide
+from bagscope.errors import ConfigError, ReadError, UnsupportedSlide
 
 if TYPE_CHECKING:
+    from bagscope.wsi.openslide_backend import OpenSlideSlide
     from bagscope.wsi.slide import RectL0, Slide
 
 _log = logging.getLogger(__name__)
@@ -143,20 +144,25 @@ def _candidates(path: Path, head: bytes) -> list[str]:
         return ["ome"] if any((path / mark).is_file() for mark in _ZARR_MARKS) else ["openslide"]
     if head.startswith(_IMAGE_SIGNATURES):
         return ["image"]
-    if looks_like_tiff(head):
-        return ["ome"] if _is_ome_tiff(path) else ["jpegtiff", "openslide", "image"]
-    return ["openslide"]
+    if not looks_like_tiff(head):
+        return ["openslide"]
+    description, damage = _first_description(path)
+    if "<OME" in description:
+        return ["ome"]
+    # Half of a pyramid must not pass for a plain image.
+    return ["fastest"] if damage else ["fastest", "image"]
 
 
-def _is_ome_tiff(path: Path) -> bool:
+def _first_description(path: Path) -> tuple[str, str]:
+    """Return a TIFF's first image description, and what is wrong with its directories."""
     from bagscope.wsi import tiff_directory as tiff
 
     descriptor = os.open(path, os.O_RDONLY)
     try:
         first = tiff.read_structure(descriptor).directories[0]
-        return "<OME" in first.text(tiff.IMAGE_DESCRIPTION)[:4096]
-    except ReadError:
-        return False
+        return first.text(tiff.IMAGE_DESCRIPTION)[:4096], ""
+    except ReadError as error:
+        return "", str(error)
     finally:
         os.close(descriptor)
 
@@ -165,35 +171,26 @@ def _open_first(
     path: Path, names: Sequence[str], mpp: float | None, allow_estimated_mpp: bool, scene: int
 ) -> Slide:
     """Open with the first backend that knows the file; the last one's refusal is the answer."""
-    from bagscope.wsi.stored_tiles import NotStoredAsTiles
-
-    refusal: SlideError | None = None
+    refusal: UnsupportedSlide | None = None
     for name in names:
         try:
             return _open_with(name, path, mpp, allow_estimated_mpp, scene)
-        except NotStoredAsTiles as reason:
-            _log.debug("%s: no fast path: %s", path.name, reason)
-            refusal = UnsupportedSlide(f"{path.name}: not for backend {name}: {reason}")
         except UnsupportedSlide as error:
             refusal = error
-    damage = _tiff_damage(path)
-    if damage:
-        raise ReadError(f"{path.name}: {damage}") from refusal
     assert refusal is not None
+    if names == ["fastest"]:
+        raise ReadError(f"{path.name}: {_first_description(path)[1]}") from refusal
     raise refusal
 
 
 def _open_with(
     name: str, path: Path, mpp: float | None, allow_estimated_mpp: bool, scene: int
 ) -> Slide:
-    if name == "jpegtiff":
-        from bagscope.wsi.jpegtiff_backend import JpegTiffSlide
-
-        return JpegTiffSlide(path, mpp=mpp, allow_estimated_mpp=allow_estimated_mpp)
-    if name == "openslide":
+    if name in ("fastest", "jpegtiff", "openslide"):
         from bagscope.wsi.openslide_backend import OpenSlideSlide
 
-        return OpenSlideSlide(path, mpp=mpp, allow_estimated_mpp=allow_estimated_mpp)
+        opened = OpenSlideSlide(path, mpp=mpp, allow_estimated_mpp=allow_estimated_mpp)
+        return opened if name == "openslide" else _fast(path, opened, required=name == "jpegtiff")
     if name == "ome":
         from bagscope.wsi.ome_backend import OmeSlide
 
@@ -201,6 +198,25 @@ def _open_with(
     from bagscope.wsi.image_backend import ImageSlide
 
     return ImageSlide(path, mpp=mpp, allow_estimated_mpp=allow_estimated_mpp)
+
+
+def _fast(path: Path, opened: OpenSlideSlide, *, required: bool) -> Slide:
+    """Return the fast path's slide, or where it does not know the file OpenSlide's own.
+
+    Raises:
+        UnsupportedSlide: it does not know the file, and is required.
+    """
+    from bagscope.wsi.jpegtiff_backend import JpegTiffSlide
+    from bagscope.wsi.stored_tiles import NotStoredAsTiles
+
+    try:
+        return JpegTiffSlide(path, opened=opened)
+    except NotStoredAsTiles as reason:
+        if not required:
+            _log.debug("%s: no fast path: %s", path.name, reason)
+            return opened
+        opened.close()
+        raise UnsupportedSlide(f"{path.name}: not for backend jpegtiff: {reason}") from reason
 
 
 def _first_dicom(folder: Path) -> Path:
@@ -215,20 +231,3 @@ def _first_dicom(folder: Path) -> Path:
             f"{folder}: is a folder, neither OME-Zarr nor a DICOM series; give the slide's file"
         )
     return files[0]
-
-
-def _tiff_damage(path: Path) -> str:
-    """Return what is wrong with a TIFF's directories, or nothing."""
-    from bagscope.wsi import tiff_directory as tiff
-
-    if path.is_dir():
-        return ""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if tiff.looks_like_tiff(os.pread(descriptor, 16, 0)):
-            tiff.read_structure(descriptor)
-    except ReadError as error:
-        return str(error)
-    finally:
-        os.close(descriptor)
-    return ""

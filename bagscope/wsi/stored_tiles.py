@@ -7,10 +7,13 @@ left; `column` and `row` count stored tiles.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagscope.errors import ReadError
 from bagscope.wsi import tiff_directory as tiff
 from bagscope.wsi.jpeg_stream import stream_prefix
 from bagscope.wsi.slide import Level
@@ -59,17 +62,27 @@ class StoredLevel:
     redrawn: frozenset[int] = frozenset()
 
 
-def stored_levels(
-    structure: TiffStructure, vendor: str, levels: Sequence[Level]
-) -> tuple[StoredLevel, ...]:
+def stored_levels(path: Path, vendor: str, levels: Sequence[Level]) -> tuple[StoredLevel, ...]:
     """Match a file's directories to the levels that OpenSlide found in it.
 
     Raises:
         NotStoredAsTiles: another vendor, another codec, or directories that don't match.
-        ReadError: the directories are damaged.
     """
     if vendor not in FAST_VENDORS:
         raise NotStoredAsTiles(f"vendor {vendor} lays its tiles out differently")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _matched_levels(tiff.read_structure(descriptor), vendor, levels)
+    except ReadError as error:
+        # OpenSlide made sense of directories that we do not: then it shall read them.
+        raise NotStoredAsTiles(str(error)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _matched_levels(
+    structure: TiffStructure, vendor: str, levels: Sequence[Level]
+) -> tuple[StoredLevel, ...]:
     tiled = [
         directory
         for i, directory in enumerate(structure.directories)
