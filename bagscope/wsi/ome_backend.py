@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from bagscope.errors import ConfigError, ReadError, UnsupportedSlide
+from bagscope.errors import ConfigError, ReadError, SlideError, UnsupportedSlide
 from bagscope.wsi.geometry import ReadPlan
 from bagscope.wsi.reading import (
     composite,
@@ -48,6 +48,11 @@ class _Source:
     associated: tuple[str, ...] = ()
     files: list[Any] = field(default_factory=list)
 
+    def close(self) -> None:
+        """Close what is open."""
+        for file in self.files:
+            file.close()
+
 
 class OmeSlide:
     """One image of an OME-TIFF or OME-Zarr. See `bagscope.wsi.slide.Slide` for the methods."""
@@ -63,15 +68,19 @@ class OmeSlide:
         self._path = path
         self._scene = scene
         self._lock = threading.Lock()
-        self._source: _Source | None = _open(path, scene)
+        source = _open(path, scene)
+        self._source: _Source | None = source
         self._pid = os.getpid()
-        source = self._source
-        _require_plain_colours(path, source)
+        try:
+            _require_plain_colours(path, source)
+            spacing = find_spacing(
+                source.properties, override_mpp=mpp, allow_estimated=allow_estimated_mpp
+            )
+        except SlideError:
+            self.close()
+            raise
         sizes = [_size_px(source.axes, array.shape) for array in source.arrays]
         width_l0, height_l0 = sizes[0]
-        spacing = find_spacing(
-            source.properties, override_mpp=mpp, allow_estimated=allow_estimated_mpp
-        )
         self.info = SlideInfo(
             path=path,
             format=source.format,
@@ -145,8 +154,7 @@ class OmeSlide:
             source, self._source = self._source, None
             self._pid = 0
         if source is not None:
-            for file in source.files:
-                file.close()
+            source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -165,6 +173,7 @@ class OmeSlide:
             if self._source is None:
                 raise ReadError(f"{self._path.name}: read after it was closed")
             if self._pid != os.getpid():
+                self._source.close()
                 self._source = _open(self._path, self._scene)
                 self._pid = os.getpid()
             return self._source
@@ -205,7 +214,10 @@ def _open_tiff(path: Path, scene: int) -> _Source:
     try:
         index, chosen = _chosen(path, series, scene)
         # Tiles that a sparse file leaves out show background, not black.
-        arrays = [zarr.open_array(level.aszarr(fillvalue=255), mode="r") for level in chosen.levels]
+        arrays = [
+            zarr.open_array(chosen.aszarr(level=level, fillvalue=255), mode="r")
+            for level in range(len(chosen.levels))
+        ]
         properties = _ome_properties(file.ome_metadata or "", index)
         properties["tiff.Photometric"] = getattr(chosen.keyframe.photometric, "name", "")
         if 34675 in chosen.keyframe.tags:
@@ -229,7 +241,11 @@ def _tiff_series(path: Path) -> tuple[Any, list[tuple[int, Any]], tuple[str, ...
 
     try:
         file = tifffile.TiffFile(path)
-        all_series = list(enumerate(file.series))
+        try:
+            all_series = list(enumerate(file.series))
+        except BaseException:
+            file.close()
+            raise
     except (tifffile.TiffFileError, ValueError, KeyError, IndexError, OSError) as error:
         raise ReadError(f"{path.name}: damaged OME-TIFF ({error}); copy it again") from error
     private = tuple(
