@@ -47,43 +47,40 @@ class Glass:
 
 
 def estimate_glass(rgb: NDArray[np.uint8], ignore: Bools | None = None) -> Glass:
-    """Estimate the glass of an overview (H, W, 3); `ignore` (H, W) marks pixels without meaning."""
-    height, width = rgb.shape[:2]
-    small_size = (max(1, -(-width // BLOCK_PX)), max(1, -(-height // BLOCK_PX)))
-    small = _image(cv2.resize(rgb, small_size, interpolation=cv2.INTER_AREA))
-    usable = np.ones(small.shape[:2], np.bool_)
-    if ignore is not None and ignore.any():
-        usable = ~_shrunk(ignore, small_size)
+    """Estimate the glass of an overview.
+
+    Args:
+        rgb: (H, W, 3) uint8, H and W multiples of `BLOCK_PX`.
+        ignore: (H, W) bool, pixels without meaning.
+    """
+    size = (rgb.shape[1] // BLOCK_PX, rgb.shape[0] // BLOCK_PX)
+    small = _image(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA))
+    readable = np.ones(small.shape[:2], np.bool_) if ignore is None else ~_any_in_blocks(ignore)
     span = _local_range(small)
     grey = _image(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
-    neutral = (small.max(axis=2) - small.min(axis=2)) <= _PAD_NEUTRAL
-    flat = (span <= _FLAT_RANGE) & usable
+    neutral = _tint(small) <= _PAD_NEUTRAL
+    flat = (span <= _FLAT_RANGE) & readable
 
     levels = _levels(small, grey, flat, flat & (span <= _PAD_RANGE) & neutral)
     padding = _padding(rgb, grey, flat & neutral, levels.pads)
-    usable &= ~_shrunk(padding, small_size)
+    usable = readable & ~_any_in_blocks(padding) if levels.pads else readable
+    even = np.zeros(small.shape[:2], np.float32)
     glass_range = levels.glass
     if glass_range is None:
         glass_range = _brightest(small, grey, usable, levels.pads)
         flat = usable
+    brighter_than = glass_range[1] if glass_range else 16 + (levels.fallback or (239, 239))[1]
+    margin = _margin_colour(rgb, small, padding, brighter_than) if levels.pads else None
+    if margin is not None:
+        return Glass(colour=margin, falloff=even, padding=padding, measured=True)
     if glass_range is None and levels.fallback is not None:
-        margin = _margin_colour(rgb, padding, levels.fallback[1] + 16)
-        if margin is not None:
-            nothing = np.zeros(small.shape[:2], np.float32)
-            return Glass(colour=margin, falloff=nothing, padding=padding, measured=True)
         # Nothing brighter than the even colour: that colour is the glass itself.
         glass_range = levels.fallback
-        flat = (span <= _FLAT_RANGE) & (True if ignore is None else ~_shrunk(ignore, small_size))
-        usable = flat
+        flat = usable = (span <= _FLAT_RANGE) & readable
         rest = [pad for pad in levels.pads if pad != levels.fallback]
         padding = _padding(rgb, grey, flat & neutral, rest)
     if glass_range is None:
-        nothing = np.zeros(small.shape[:2], np.float32)
-        return Glass(colour=_ASSUMED.copy(), falloff=nothing, padding=padding, measured=False)
-    margin = _margin_colour(rgb, padding, glass_range[1])
-    if margin is not None:
-        nothing = np.zeros(small.shape[:2], np.float32)
-        return Glass(colour=margin, falloff=nothing, padding=padding, measured=True)
+        return Glass(colour=_ASSUMED.copy(), falloff=even, padding=padding, measured=False)
     colour, falloff = _fit_light(small, flat & usable, usable, glass_range)
     return Glass(colour=colour, falloff=falloff, padding=padding, measured=True)
 
@@ -96,7 +93,15 @@ def _local_range(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the largest range of any channel among 3 × 3 blocks."""
     kernel = np.ones((3, 3), np.uint8)
     span = cv2.subtract(cv2.dilate(small, kernel), cv2.erode(small, kernel))
-    return np.asarray(span.max(axis=2), np.uint8)
+    red, green, blue = cv2.split(span)
+    return _image(cv2.max(cv2.max(red, green), blue))
+
+
+def _tint(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the range of the channels of each block."""
+    red, green, blue = cv2.split(small)
+    most = cv2.max(cv2.max(red, green), blue)
+    return _image(cv2.subtract(most, cv2.min(cv2.min(red, green), blue)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +160,7 @@ def _straightness(mask: Bools) -> float:
     return straight / max(1, total)
 
 
-def _runs(
-    count: NDArray[np.intp], exact: NDArray[np.intp], least: float
-) -> list[tuple[int, int]]:
+def _runs(count: NDArray[np.intp], exact: NDArray[np.intp], least: float) -> list[tuple[int, int]]:
     """Return the grey ranges that hold at least `least` blocks: lone spikes, and what has gaps.
 
     A spike stands in one or two levels with next to nothing beside it, so that padding a few
@@ -215,9 +218,10 @@ def _add_thin_frame(padding: Bools, alike: Bools) -> None:
             target[order][:depth] |= lines[:depth]
 
 
-def _shrunk(mask: Bools, size: tuple[int, int]) -> Bools:
+def _any_in_blocks(mask: Bools) -> Bools:
     """Return the blocks that hold any pixel of `mask`."""
-    share = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA)
+    size = (mask.shape[1] // BLOCK_PX, mask.shape[0] // BLOCK_PX)
+    share = cv2.resize(mask.view(np.uint8) * 255, size, interpolation=cv2.INTER_AREA)
     return np.asarray(share > 0)
 
 
@@ -228,7 +232,7 @@ def _brightest(
 
     For glass that shows only as a thin margin around tissue.
     """
-    pale = usable & (small.max(axis=2) - small.min(axis=2) <= 24) & (grey >= 130)
+    pale = usable & (_tint(small) <= 24) & (grey >= 130)
     for _, high in pads:
         if high >= 120:
             pale &= grey > high + 6
@@ -239,25 +243,26 @@ def _brightest(
 
 
 def _margin_colour(
-    rgb: NDArray[np.uint8], padding: Bools, level: int
+    rgb: NDArray[np.uint8], small: NDArray[np.uint8], padding: Bools, level: int
 ) -> Floats | None:
     """Return the glass colour seen in a thin margin between padding and tissue, if only there.
 
     Some scanners keep tissue with a narrow margin and fill in the rest, along ragged lines. Any
     flat area of such an overview is tissue, and the margin is brighter.
     """
-    if padding.mean() < 0.02 or _straightness(padding) > _PAD_STRAIGHT:
+    bits = padding.view(np.uint8)
+    size = (small.shape[1], small.shape[0])
+    blocks = _image(cv2.resize(bits * 255, size, interpolation=cv2.INTER_AREA))
+    if blocks.mean() < 0.02 * 255 or _straightness(blocks > 127) > _PAD_STRAIGHT:
         return None
-    wide = cv2.dilate(padding.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    ring = wide & ~padding
-    pixels = rgb[ring].astype(np.float32)
+    ring = cv2.subtract(cv2.dilate(bits, np.ones((5, 5), np.uint8)), bits)
+    pixels = rgb[ring > 0].astype(np.float32)
+    if len(pixels) < 50:
+        return None
     grey = pixels.mean(axis=1)
-    bright = grey >= np.percentile(grey, 60) if len(grey) else ring[:0, 0]
-    if np.count_nonzero(bright) < 20:
-        return None
-    colour = np.median(pixels[bright], axis=0)
-    inside = cv2.erode((~wide).view(np.uint8), np.ones((9, 9), np.uint8)) > 0
-    usual = float(np.median(rgb[inside].mean(axis=1))) if inside.any() else 0.0
+    colour = np.median(pixels[grey >= np.percentile(grey, 60)], axis=0)
+    inside = cv2.erode((blocks == 0).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    usual = float(np.median(small[inside].mean(axis=1))) if inside.any() else 0.0
     neutral = np.ptp(colour) <= 0.12 * colour.max()
     if neutral and colour.mean() >= 120 and colour.mean() > max(usual, level - 12) + 2:
         return np.asarray(colour, np.float32)

@@ -9,6 +9,7 @@ edge and across tissue.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +39,20 @@ Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Channels:
-    """Absorption ln(glass / pixel) of each channel, their mean, and its relative grain."""
+    """Absorption ln(glass / pixel) of each channel; grain, least and most of the three."""
 
     red: Floats
     green: Floats
     blue: Floats
-    mean: Floats
     grain: Floats
+    least: Floats
+    most: Floats
+
+
+def _floats(array: NDArray[Any]) -> Floats:
+    return np.asarray(array, np.float32)
 
 
 def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
@@ -67,61 +73,99 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
     uneven = np.sqrt(np.maximum(square, 0)) / np.maximum(mean, 0.05)
     raw = np.asarray(cv2.transform(absorbed, np.full((1, 3), 1 / 3, np.float32)))
     grain = np.abs(raw - cv2.blur(raw, (3, 3))) / np.maximum(mean, 0.05)
-    channels = _Channels(red, green, blue, mean, grain)
+    channels = _Channels(
+        red=red,
+        green=green,
+        blue=blue,
+        grain=grain,
+        least=_floats(cv2.min(cv2.min(red, green), blue)),
+        most=_floats(cv2.max(cv2.max(red, green), blue)),
+    )
     stroke = max(2, round(MIN_STROKE_UM / mpp))
     thick = np.ones((stroke, stroke), np.uint8)
-    for rule in (_red, _green, _blue, _black):
-        strict, loose, across, key = rule(channels)
-        strict &= ~void & (uneven < MAX_UNEVEN)
+    for ink in _INKS:
+        strict = ink.strict(channels) & ~void & (uneven < MAX_UNEVEN)
         core = cv2.erode(strict.view(np.uint8), thick)
-        if core.any():
+        if cv2.countNonZero(core):
+            loose = ink.loose(channels) & ~void
             # Ink on tissue takes the tissue's colour on, but is darker than it is without.
-            bare = (mean > 0.05) & ~loose & ~void
-            darkest = float(np.percentile(key[bare], 96)) if bare.any() else 0.0
-            wide = (strict | loose | (across & (key > max(1.1 * darkest, 0.4)))) & ~void
-            wide = cv2.morphologyEx(wide.view(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+            key = ink.key(channels)
+            bare = key[(mean > 0.05) & ~loose & ~void]
+            darkest = float(np.percentile(bare, 96)) if bare.size else 0.0
+            across = ink.across(channels) & (key > max(1.1 * darkest, 0.4)) & ~void
+            wide = (strict | loose | across).view(np.uint8)
+            wide = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
             pen |= _marks(wide, cv2.dilate(core, thick), mean, MIN_MARK_UM2 / mpp**2)
+    if not cv2.countNonZero(pen):
+        return pen > 0
     reach = 2 * max(1, round(SPREAD_UM / mpp)) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))
     pen = cv2.morphologyEx(pen, cv2.MORPH_CLOSE, kernel)
     return np.asarray(cv2.dilate(pen, kernel) > 0)
 
 
-_Rule = tuple[Bools, Bools, Bools, Floats]
-"""Where ink is certain, likely, and possible on tissue, and the channel that it takes most of."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ink:
+    """Where one ink is certain, likely, and possible on tissue; the channel it takes most of."""
+
+    strict: Callable[[_Channels], Bools]
+    loose: Callable[[_Channels], Bools]
+    across: Callable[[_Channels], Bools]
+    key: Callable[[_Channels], Floats]
 
 
-def _red(c: _Channels) -> _Rule:
-    hue = c.blue < 1.35 * c.green
-    strict = hue & (c.red < 0.16 * c.green) & (c.blue > 0.55 * c.green) & (c.green > 0.45)
-    loose = hue & (c.red < 0.36 * c.green) & (c.blue > 0.5 * c.green) & (c.green > 0.3)
-    return strict, loose, hue & (c.red < 0.5 * c.green) & (c.blue > 0.45 * c.green), c.green
+def _certain_green(c: _Channels) -> Bools:
+    bare = (c.red > 1.6 * c.green) & (c.blue > 1.2 * c.green) & (c.red > 0.4)
+    on_tissue = (c.red > 0.7) & (c.red > 1.1 * c.green) & (c.blue > 0.75 * c.green)
+    return bare | _smooth_parts(on_tissue, c.grain)
 
 
-def _green(c: _Channels) -> _Rule:
-    strict = (c.red > 1.6 * c.green) & (c.blue > 1.2 * c.green) & (c.red > 0.4)
-    loose = (c.red > 1.1 * c.green) & (c.blue > 0.75 * c.green) & (c.red > 0.3)
-    strict |= _smooth_parts(loose & (c.red > 0.7), c.grain)
-    return strict, loose, (c.red > 0.95 * c.green) & (c.blue > 0.5 * c.green), c.red
-
-
-def _blue(c: _Channels) -> _Rule:
-    strict = (c.red > 1.12 * c.green) & (c.blue < 0.25 * c.red) & (c.red > 0.6)
-    loose = (c.red > 0.95 * c.green) & (c.blue < 0.38 * c.red) & (c.red > 0.4)
-    return strict, loose, (c.red > 0.75 * c.green) & (c.blue < 0.55 * c.red), c.red
-
-
-def _black(c: _Channels) -> _Rule:
-    least = cv2.min(cv2.min(c.red, c.green), c.blue)
-    most = cv2.max(cv2.max(c.red, c.green), c.blue)
-    strict = _smooth_parts((least > 0.72 * most) & (least > 0.7), c.grain)
-    loose = (least > 0.65 * most) & (least > 0.5)
-    return strict, loose, least > 0.5 * most, np.asarray(least)
+_INKS = (
+    _Ink(
+        strict=lambda c: (
+            (c.green > 0.45)
+            & (c.red < 0.16 * c.green)
+            & (c.blue > 0.55 * c.green)
+            & (c.blue < 1.35 * c.green)
+        ),
+        loose=lambda c: (
+            (c.green > 0.3)
+            & (c.red < 0.36 * c.green)
+            & (c.blue > 0.5 * c.green)
+            & (c.blue < 1.35 * c.green)
+        ),
+        across=lambda c: (
+            (c.red < 0.5 * c.green) & (c.blue > 0.45 * c.green) & (c.blue < 1.35 * c.green)
+        ),
+        key=lambda c: c.green,
+    ),
+    _Ink(
+        strict=_certain_green,
+        loose=lambda c: (c.red > 0.3) & (c.red > 1.1 * c.green) & (c.blue > 0.75 * c.green),
+        across=lambda c: (c.red > 0.95 * c.green) & (c.blue > 0.5 * c.green),
+        key=lambda c: c.red,
+    ),
+    _Ink(
+        strict=lambda c: (c.red > 0.6) & (c.red > 1.12 * c.green) & (c.blue < 0.25 * c.red),
+        loose=lambda c: (c.red > 0.4) & (c.red > 0.95 * c.green) & (c.blue < 0.38 * c.red),
+        across=lambda c: (c.red > 0.75 * c.green) & (c.blue < 0.55 * c.red),
+        key=lambda c: c.red,
+    ),
+    _Ink(
+        strict=lambda c: _smooth_parts((c.least > 0.7) & (c.least > 0.72 * c.most), c.grain),
+        loose=lambda c: (c.least > 0.5) & (c.least > 0.65 * c.most),
+        across=lambda c: c.least > 0.5 * c.most,
+        key=lambda c: c.least,
+    ),
+)
+"""Red, green, blue and black."""
 
 
 def _smooth_parts(mask: Bools, grain: Floats) -> Bools:
     """Keep the components whose inside is even: ink flows, tissue has cells."""
     bits = mask.view(np.uint8)
+    if not cv2.countNonZero(bits):
+        return mask
     count, labels, _, _ = cv2.connectedComponentsWithStats(bits, connectivity=4)
     if count < 2:
         return mask

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bagscope.wsi.folds import find_folds
-from bagscope.wsi.glass import BLOCK_PX, Glass, estimate_glass
+from bagscope.wsi.glass import Glass, estimate_glass
 from bagscope.wsi.pen import find_pen
 
 METHOD = "density-1"
@@ -81,11 +81,16 @@ def segment_tissue(
         work_mpp = OVERVIEW_MPP
         if unreadable is not None:
             ignore = cv2.resize(unreadable.astype(np.uint8), size) > 0
+    rows, columns = work.shape[:2]
+    work = _to_whole_blocks(work)
+    if ignore is not None:
+        ignore = _to_whole_blocks(ignore.view(np.uint8)) > 0
     glass = estimate_glass(work, ignore)
     void = glass.padding if ignore is None else glass.padding | ignore
-    tissue, pen, fold = _segment(work, glass, void, work_mpp)
-    if work is not rgb:
-        tissue, pen, fold = (_enlarged(mask, (width, height)) for mask in (tissue, pen, fold))
+    masks = [mask[:rows, :columns] for mask in _segment(work, glass, void, work_mpp)]
+    if (rows, columns) != (height, width):
+        masks = [_enlarged(mask, (width, height)) for mask in masks]
+    tissue, pen, fold = (np.ascontiguousarray(mask) for mask in masks)
     if unreadable is not None:
         tissue, pen, fold = (mask & ~unreadable for mask in (tissue, pen, fold))
     red, green, blue = (round(float(channel)) for channel in glass.colour)
@@ -98,19 +103,30 @@ def segment_tissue(
     )
 
 
+def _to_whole_blocks(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """Repeat the last rows and columns up to a multiple of 8 pixels: every later scale is exact."""
+    bottom, right = -image.shape[0] % 8, -image.shape[1] % 8
+    if not (bottom or right):
+        return np.ascontiguousarray(image)
+    grown = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
+    return np.asarray(grown, np.uint8)
+
+
 def _segment(
     rgb: NDArray[np.uint8], glass: Glass, void: Bools, mpp: float
 ) -> tuple[Bools, Bools, Bools]:
     """Return tissue, pen and fold masks at the working resolution."""
     full = (rgb.shape[1], rgb.shape[0])
-    half = (max(1, (full[0] + 1) // 2), max(1, (full[1] + 1) // 2))
+    half = (full[0] // 2, full[1] // 2)
     absorbed = _absorption(cv2.resize(rgb, half, interpolation=cv2.INTER_AREA), glass)
     # The share of light lost to uneven illumination is no absorption.
-    absorbed -= _falloff_at(glass, half, full)[..., None]
-    # Padding rings into its neighbourhood where JPEG is coarse.
-    void = cv2.dilate(void.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    half_void = _nearest(void, half)
-    absorbed[half_void] = 0
+    falloff = _falloff_at(glass, half)
+    absorbed = _as_floats(cv2.subtract(absorbed, cv2.merge([falloff] * 3)))
+    # Padding rings into its neighbourhood where JPEG is coarse: nothing is learnt there.
+    bare_void = _nearest(void, half)
+    half_void = cv2.dilate(bare_void.view(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    if half_void.any():
+        absorbed = _as_floats(cv2.copyTo(absorbed, (~half_void).view(np.uint8)))
 
     pen = find_pen(absorbed, half_void, 2 * mpp)
     away = half_void | pen
@@ -118,10 +134,7 @@ def _segment(
     soft = cv2.GaussianBlur(absorbed, (0, 0), 1.2)
     dark = _as_floats(cv2.transform(soft, np.full((1, 3), level / 3, np.float32)))
     stained, tint = _stained(soft, dark, away, level)
-    usual = _usual_darkness(dark, stained)
-    # A share of the light, not of its logarithm: that is what blur mixes.
-    cut = -level * np.log1p(CUT_SHARE * np.expm1(-usual / level))
-    cut = np.maximum(cut, LEAST_CUT)
+    usual, cut = _border_levels(dark, stained, level)
     coarse = _without_soft(stained & (dark > cut) & ~away, dark, tint, away)
     # Pale or neutral parts amid tissue: below the cut or without a tint, but not in the blur
     # along a border.
@@ -131,8 +144,9 @@ def _segment(
     coarse |= _closed(coarse & (cut <= FAINT_CUT), 2 * mpp) & ~away
     pale |= _webbed(dark, usual, coarse) & ~away
     near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    near &= stained | (half_void & ~bare_void)
     pale &= cv2.blur(coarse.astype(np.float32), (25, 25)) > 0.55
-    tissue = _sharpened(rgb, glass, coarse, stained & near, cut, level) | _enlarged(pale, full)
+    tissue = _sharpened(rgb, glass, coarse, near, cut, level) | _enlarged(pale, full)
     full_pen = _enlarged(pen, full)
     tissue &= ~void & ~full_pen
     if pen.any():
@@ -165,16 +179,8 @@ def _absorption(rgb: NDArray[Any], glass: Glass) -> Floats:
     return _as_floats(cv2.LUT(rgb, table.reshape(1, 256, 3).astype(np.float32)))
 
 
-def _falloff_at(glass: Glass, size: tuple[int, int], full: tuple[int, int]) -> Floats:
-    """Return the falloff on a grid of `size` that covers the `full` (width, height) pixels."""
-    blocks = glass.falloff
-    covered = (
-        max(size[0], round(blocks.shape[1] * BLOCK_PX * size[0] / full[0])),
-        max(size[1], round(blocks.shape[0] * BLOCK_PX * size[1] / full[1])),
-    )
-    return _as_floats(cv2.resize(blocks, covered, interpolation=cv2.INTER_LINEAR))[
-        : size[1], : size[0]
-    ]
+def _falloff_at(glass: Glass, size: tuple[int, int]) -> Floats:
+    return _as_floats(cv2.resize(glass.falloff, size, interpolation=cv2.INTER_LINEAR))
 
 
 def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Bools, Floats]:
@@ -182,7 +188,7 @@ def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Boo
 
     Very dark places count as tinted: no shade goes so far.
     """
-    size = (max(1, dark.shape[1] // 2), max(1, dark.shape[0] // 2))
+    size = (dark.shape[1] // 2, dark.shape[0] // 2)
     small = cv2.resize(soft, size, interpolation=cv2.INTER_AREA) * np.float32(level)
     small = _as_floats(cv2.GaussianBlur(small, (0, 0), 1.0))
     small_away = _nearest(away, size)
@@ -217,16 +223,23 @@ def _webbed(dark: Floats, usual: Floats, coarse: Bools) -> Bools:
     return np.asarray(web & (cv2.blur(coarse.astype(np.float32), (25, 25)) > 0.35))
 
 
-def _usual_darkness(dark: Floats, stained: Bools) -> Floats:
-    """Return the mean darkness, in grey levels, of the tissue around each pixel: (H, W)."""
-    size = (max(1, dark.shape[1] // 4), max(1, dark.shape[0] // 4))
-    sure = (stained & (dark > 2)).astype(np.float32)
+def _border_levels(dark: Floats, stained: Bools, level: float) -> tuple[Floats, Floats]:
+    """Return the usual darkness of the tissue around each pixel, and where its border is drawn.
+
+    Both (H, W) in grey levels.
+    """
+    size = (dark.shape[1] // 4, dark.shape[0] // 4)
+    sure = (stained & (dark > LEAST_CUT)).astype(np.float32)
     # Dust and what is left of padding at its rim are darker than any tissue near the glass.
     ordinary = 3 * float(np.median(dark[sure > 0])) if sure.any() else 0.0
     amount = cv2.resize(sure * np.minimum(dark, ordinary), size, interpolation=cv2.INTER_AREA)
     weight = cv2.resize(sure, size, interpolation=cv2.INTER_AREA)
-    mean = cv2.blur(amount, (9, 9)) / np.maximum(cv2.blur(weight, (9, 9)), 1e-3)
-    return _as_floats(cv2.resize(mean, (dark.shape[1], dark.shape[0])))
+    usual = _as_floats(cv2.blur(amount, (9, 9)) / np.maximum(cv2.blur(weight, (9, 9)), 1e-3))
+    # A share of the light, not of its logarithm: that is what blur mixes.
+    cut = -level * np.log1p(CUT_SHARE * np.expm1(-usual / level))
+    cut = np.maximum(cut, LEAST_CUT)
+    full = (dark.shape[1], dark.shape[0])
+    return _as_floats(cv2.resize(usual, full)), _as_floats(cv2.resize(cut, full))
 
 
 def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
@@ -261,7 +274,7 @@ def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools) -> Bools
     nearly as dark just inside its border with glass as in its middle, and glass begins at once.
     """
     rest = cv2.morphologyEx((dim & ~sure).view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(rest, connectivity=4)
+    count, labels = cv2.connectedComponents(rest, connectivity=4)
     if count < 2:
         return rest > 0
     glass = (~(dim | sure | away)).view(np.uint8)
@@ -313,7 +326,7 @@ def _sharpened(
     white = float(glass.colour @ np.array([0.299, 0.587, 0.114], np.float32))
     shades = np.log(white) - np.log(np.maximum(np.arange(256), 1))
     table = np.clip(np.rint(shades * level * 2), 0, 255).astype(np.uint8)
-    limit = np.clip(2 * (cut + _falloff_at(glass, half, full) * level), 0, 254)
+    limit = np.clip(2 * (cut + _falloff_at(glass, half) * level), 0, 254)
     limit = cv2.resize(limit.astype(np.uint8), full, interpolation=cv2.INTER_LINEAR)
     fine = cv2.LUT(grey, table.reshape(1, 256)) > limit
     clear_cut = _nearest(cut > FAINT_CUT, full)
