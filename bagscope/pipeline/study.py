@@ -131,9 +131,10 @@ def init_study(folder: Path, source: str, *, labels: Path | None = None) -> tupl
                 f"{path}: holds {len(existing.rows)} slides that are not the {len(cohort.rows)} of "
                 f"{source}; choose another study folder, or edit the table"
             )
-        return open_study(folder), cohort
     try:
-        write_cohort_csv(cohort, path)
+        if not path.exists():
+            write_cohort_csv(cohort, path)
+        # An earlier init may have been killed between the two.
         if not (folder / STUDY_NAME).exists():
             artifacts.write_text(folder / STUDY_NAME, _template())
     except ArtifactError as error:

@@ -40,6 +40,9 @@ def test_init_again_is_harmless_and_another_cohort_is_refused(
     before = files_of(study)
     assert bagscope("init", study, "--slides", slides).code == 0
     assert files_of(study) == before
+    (study / "study.yaml").unlink()  # as a kill in the middle of init leaves it
+    assert bagscope("init", study, "--slides", slides).code == 0
+    assert files_of(study) == before
     (slides / "c.svs").unlink()
     ran = bagscope("init", study, "--slides", slides)
     assert ran.code == 2
