@@ -131,7 +131,7 @@ def _fragments(
 
     rows, columns = shape
     edge = min(shape)
-    y, x = np.mgrid[0:rows, 0:columns].astype(np.float32)
+    y, x = np.arange(rows, dtype=np.float32)[:, None], np.arange(columns, dtype=np.float32)[None]
     count = int(rng.integers(1, 4)) + int(max(shape) > 1.6 * edge)
     near = np.full(shape, np.inf, np.float32)
     turn = np.zeros(shape, np.float32)
@@ -144,17 +144,18 @@ def _fragments(
             else (across * rows, along * columns)
         )
         angle, flat = rng.uniform(0, np.pi), rng.uniform(1.0, 1.9)
-        dx, dy = x - cx, y - cy
-        a = (dx * np.cos(angle) + dy * np.sin(angle)) / flat**0.5
-        b = (-dx * np.sin(angle) + dy * np.cos(angle)) * flat**0.5
-        away = np.sqrt(a * a + b * b) / (edge / count**0.5 * rng.uniform(0.75, 1.15))
+        cos, sin = float(np.cos(angle)), float(np.sin(angle))
+        a = ((x - cx) * cos + (y - cy) * sin) / flat**0.5
+        b = ((cx - x) * sin + (y - cy) * cos) * flat**0.5
+        away = np.hypot(a, b, out=a)
+        away /= edge / count**0.5 * rng.uniform(0.75, 1.15)
         turn[away < near] = rng.uniform(0, np.pi)
         near = np.minimum(near, away)
     shape2 = (rows, columns)
     rough = 0.16 * smooth_noise(rng, *shape2, edge / 9, edge / 9)
     rough += 0.06 * smooth_noise(rng, *shape2, edge / 30, edge / 30)
     rough += 0.012 * smooth_noise(rng, *shape2, 3, 3)
-    score = rough - near
+    score = np.subtract(rough, near, out=rough)
     border = np.minimum(np.minimum(x, columns - 1 - x), np.minimum(y, rows - 1 - y))
     score -= 0.8 * np.clip(1 - border / (0.06 * edge), 0, None)
     holes = smooth_noise(rng, *shape2, edge / 28, edge / 28) - 2.15

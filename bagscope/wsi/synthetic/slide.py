@@ -35,6 +35,7 @@ TUMOR_CLASS = "Tumor"
 TUMOR_RGB = (200, 0, 0)
 
 _BAND_PX = 512
+_BAND_PIXELS = 2**24
 _THUMBNAIL_PX = 768
 
 
@@ -101,7 +102,8 @@ def _bands(
     import numpy as np
 
     spec = painter.spec
-    step = spec.tile_px * max(1, _BAND_PX // spec.tile_px)
+    height_px = min(_BAND_PX, _BAND_PIXELS // spec.width_px)
+    step = spec.tile_px * max(1, height_px // spec.tile_px)
     band = np.empty((step, spec.width_px, 3), np.uint8)
     for top in range(0, spec.height_px, step):
         height = min(step, spec.height_px - top)

@@ -183,6 +183,6 @@ sys.stdout.write(str(peak / (2**20 if sys.platform == "darwin" else 2**10)))
 def test_a_large_slide_takes_bounded_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _MEASURE, str(tmp_path / "a.svs"), "50000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
-    assert float(done.stdout) < 640
+    assert float(done.stdout) < 600
     with openslide.OpenSlide(tmp_path / "a.svs") as slide:
         assert slide.level_dimensions == ((50000, 50000), (12500, 12500), (3125, 3125))
