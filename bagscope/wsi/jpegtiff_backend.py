@@ -61,7 +61,6 @@ class JpegTiffSlide:
         opened: OpenSlideSlide | None = None,
     ) -> None:
         self._path = path
-        self._lock = threading.Lock()
         self._openslide = opened or OpenSlideSlide(
             path, mpp=mpp, allow_estimated_mpp=allow_estimated_mpp
         )
@@ -70,7 +69,7 @@ class JpegTiffSlide:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._file_bytes = os.fstat(self._descriptor).st_size
         self._subsampling: dict[int, str] = {}
-        self._store: tuple[_Kind, TileStore] | None = None
+        self._stores: dict[_Kind, TileStore] = {}
 
     # --- the protocol -----------------------------------------------------------------------
 
@@ -179,12 +178,11 @@ class JpegTiffSlide:
 
     def close(self) -> None:
         """Release the handles; closing twice is fine."""
-        with self._lock:
-            descriptor, self._descriptor = self._descriptor, -1
+        descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
         self._openslide.close()
-        self._store = None
+        self._stores = {}
 
     def __enter__(self) -> Self:
         return self
@@ -222,7 +220,9 @@ class JpegTiffSlide:
         def fill(number: int, out: NDArray[np.uint8]) -> bool:
             return self._fill(number, kind, out, local)
 
-        store = self._take_store(kind)
+        # Taking it away is one atomic step, so two readers never hold one store, and no lock can
+        # come locked through a fork.
+        store = self._stores.pop(kind, None) or TileStore()
         faults = assemble(
             plan_assembly(positions // kind.reduce, squares.shape[1], grid),
             grid,
@@ -233,7 +233,7 @@ class JpegTiffSlide:
             store=store,
             crew=crew,
         )
-        self._store = (kind, store)
+        self._stores = {kind: store}
         for request, error in faults.items():
             batch.fail(int(rows[request]), error)
 
@@ -265,12 +265,6 @@ class JpegTiffSlide:
                     resize_into(regions[i], batch.images[places[i]])
 
             crew.run(range(len(part)), resize_one)
-
-    def _take_store(self, kind: _Kind) -> TileStore:
-        """Return what the last batch of this kind left, and nobody else has taken."""
-        with self._lock:
-            held, self._store = self._store, None
-        return held[1] if held is not None and held[0] == kind else TileStore()
 
     def _fill(
         self, number: int, kind: _Kind, out: NDArray[np.uint8], local: threading.local

@@ -169,6 +169,9 @@ class OmeSlide:
 
     def _open_source(self) -> _Source:
         """Return this process's arrays; file positions must not be shared over a fork."""
+        if self._pid not in (0, os.getpid()):
+            # A thread that the fork left behind may have held the lock.
+            self._lock = threading.Lock()
         with self._lock:
             if self._source is None:
                 raise ReadError(f"{self._path.name}: read after it was closed")

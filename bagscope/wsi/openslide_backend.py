@@ -147,12 +147,15 @@ class OpenSlideSlide:
 
     def _open_handle(self) -> openslide.OpenSlide:
         """Return this process's handle; one that came through a fork is never used."""
+        if self._pid != os.getpid():
+            # A thread that the fork left behind may have held the lock.
+            self._lock = threading.Lock()
+            self._handle, self._pid = None, os.getpid()
         with self._lock:
             if self._closed:
                 raise ReadError(f"{self._path.name}: read after it was closed")
-            if self._handle is None or self._pid != os.getpid():
+            if self._handle is None:
                 self._handle = open_handle(self._path)
-                self._pid = os.getpid()
             return self._handle
 
     def _discard(self, failed: openslide.OpenSlide) -> None:

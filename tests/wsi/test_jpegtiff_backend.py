@@ -187,7 +187,7 @@ def test_what_is_kept_between_batches_is_bounded(svs, monkeypatch):
     corners = np.array([[50 + 128 * i, 70] for i in range(14)], np.int32)
     with JpegTiffSlide(svs) as slide:
         slide.read_tiles(corners, plan(128, 128))
-        _, store = slide._store
+        (store,) = slide._stores.values()
         assert len(store.tiles) + len(store.idle) <= 5
         again = slide.read_tiles(corners, plan(128, 128)).images
     assert np.array_equal(again, expected_tiles(svs, corners, plan(128, 128)))

@@ -234,6 +234,31 @@ def test_a_damaged_block_is_one_unreadable_tile(tmp_path):
         assert np.array_equal(batch.images[1], FIELD[128:160, 128:160])
 
 
+def test_the_objective_and_a_profile_are_facts(tmp_path):
+    path = tmp_path / "slide.ome.tif"
+    xml = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Instrument '
+        'ID="Instrument:0"><Objective ID="Objective:0" NominalMagnification="20"/></Instrument>'
+        '<Image ID="Image:0"><ObjectiveSettings ID="Objective:0"/><Pixels ID="Pixels:0" '
+        'DimensionOrder="XYCZT" Type="uint8" SizeX="400" SizeY="300" SizeC="3" SizeZ="1" '
+        'SizeT="1" Interleaved="true"><Channel ID="Channel:0:0" SamplesPerPixel="3"/>'
+        '<TiffData IFD="0" PlaneCount="1"/></Pixels></Image></OME>'
+    )
+    tifffile.imwrite(
+        path,
+        FIELD,
+        tile=(64, 64),
+        photometric="rgb",
+        description=xml,
+        metadata=None,
+        extratags=[(34675, 7, 4, b"icc!", True)],
+    )
+    with open_slide(path, allow_estimated_mpp=True) as slide:
+        assert slide.info.objective == 20
+        assert slide.info.properties["icc"] == "present"
+        assert (slide.info.spacing.mpp, slide.info.spacing.estimated) == (0.5, True)
+
+
 def _read_in_child(slide, queue):
     queue.put(slide.read_level(0, 0, 0, 50, 50))
 
