@@ -168,21 +168,22 @@ def test_tumour_is_told_by_its_nuclei_and_not_by_its_tint(tmp_path: Path, site: 
     assert all(0.25 < auc < 0.75 for auc in by_tint)
 
 
+# Not getrusage: its peak counts what the parent held when it forked.
 _MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from bagscope.wsi.synthetic import SyntheticSpec, write_slide
 edge = int(sys.argv[2])
 write_slide(Path(sys.argv[1]), SyntheticSpec(width_px=edge, height_px=edge, tumor_fraction=0.1))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sys.stdout.write(str(peak / (2**20 if sys.platform == "darwin" else 2**10)))
+sys.stdout.write(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_large_slide_takes_bounded_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _MEASURE, str(tmp_path / "a.svs"), "50000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
-    assert float(done.stdout) < 600
+    assert int(done.stdout) / 1024 < 600
     with openslide.OpenSlide(tmp_path / "a.svs") as slide:
         assert slide.level_dimensions == ((50000, 50000), (12500, 12500), (3125, 3125))
