@@ -85,9 +85,13 @@ def read_overview(
                     slide, corners_l0[start + i], plan, downscale
                 )
         problems += [problem for problem in batch.problems if problem not in problems]
+    rgb, readable = rgb[:height, :width], readable[:height, :width]
+    _fill_beyond_bounds(
+        rgb, int(bounds.width_l0 / px_l0 + 1e-6), int(bounds.height_l0 / px_l0 + 1e-6)
+    )
     return Overview(
-        rgb=np.ascontiguousarray(rgb[:height, :width]),
-        readable=np.ascontiguousarray(readable[:height, :width]),
+        rgb=np.ascontiguousarray(rgb),
+        readable=np.ascontiguousarray(readable),
         mpp=mpp,
         frame=MaskFrame(
             shape=(height, width),
@@ -98,6 +102,18 @@ def read_overview(
         ),
         problems=tuple(problems),
     )
+
+
+def _fill_beyond_bounds(rgb: NDArray[np.uint8], whole_columns: int, whole_rows: int) -> None:
+    """Repeat the last whole column and row, in place.
+
+    Pixels that lie partly beyond the scanned area are mixed with background, which would pass for
+    the brightest glass of the slide.
+    """
+    if 0 < whole_columns < rgb.shape[1]:
+        rgb[:, whole_columns:] = rgb[:, whole_columns - 1 : whole_columns]
+    if 0 < whole_rows < rgb.shape[0]:
+        rgb[whole_rows:] = rgb[whole_rows - 1 : whole_rows]
 
 
 def _block_plan(slide: Slide, mpp_l0: float, mpp: float) -> ReadPlan:
