@@ -25,6 +25,7 @@ _PAD_RANGE = 2
 _PAD_NEUTRAL = 4
 _PAD_DARK = 45
 _PAD_STRAIGHT = 0.6
+_PALE_DROP = 60
 _LEAST_SHARE = 0.005
 _ASSUMED = np.array([244.0, 244.0, 244.0], np.float32)
 
@@ -70,7 +71,9 @@ def estimate_glass(rgb: NDArray[np.uint8], ignore: Bools | None = None) -> Glass
         glass_range = _brightest(small, grey, usable, levels.pads)
         flat = usable
     brighter_than = glass_range[1] if glass_range else 16 + (levels.fallback or (239, 239))[1]
-    margin = _margin_colour(rgb, small, padding, brighter_than) if levels.pads else None
+    # Beside brighter padding the margin is not seen: compression mixes the two.
+    darker = bool(levels.pads) and max(high for _, high in levels.pads) < brighter_than
+    margin = _margin_colour(rgb, small, padding, brighter_than) if darker else None
     if margin is not None:
         return Glass(colour=margin, falloff=even, padding=padding, measured=True)
     if glass_range is None and levels.fallback is not None:
@@ -122,10 +125,11 @@ def _levels(
     flat_count = np.bincount(grey[flat], minlength=256)
     clusters: list[tuple[int, int, NDArray[np.float64], bool]] = []
     certain: set[int] = set()
-    for low, high in _runs(flat_count, exact_count, least):
+    framed = _framed_levels(grey, exact, exact_count, least)
+    for low, high in _runs(flat_count, exact_count, framed, least):
         inside = flat & (grey >= low) & (grey <= high)
         colour = np.median(small[inside], axis=0)
-        spike = exact_count[low : high + 1].max() >= 0.8 * flat_count[low : high + 1].sum()
+        spike = exact_count[low : high + 1].max() >= 0.7 * flat_count[low : high + 1].sum()
         is_pad = high < _PAD_DARK or (spike and np.ptp(colour) <= _PAD_NEUTRAL)
         clusters.append((low, high, colour, bool(is_pad)))
         # Padding ends in straight lines along the axes, glass does so nowhere.
@@ -141,7 +145,7 @@ def _levels(
         return _Levels(pads, None, fallback)
     # Beside brighter padding, the next flat level is glass only if it has no tint of its own;
     # otherwise what looked like padding is perfectly even glass, and this is pale tissue.
-    above = [c for c in even if c[0] > own[1]]
+    above = [c for c in even if own[1] < c[0] <= own[1] + _PALE_DROP]
     if above and min(np.ptp(c[2] - own[2]) for c in above) > 6:
         glass = max(above, key=lambda c: c[1])[:2]
         return _Levels([pad for pad in pads if pad != glass], glass, None)
@@ -160,18 +164,34 @@ def _straightness(mask: Bools) -> float:
     return straight / max(1, total)
 
 
-def _runs(count: NDArray[np.intp], exact: NDArray[np.intp], least: float) -> list[tuple[int, int]]:
+def _framed_levels(
+    grey: NDArray[np.uint8], exact: Bools, exact_count: NDArray[np.intp], least: float
+) -> list[int]:
+    """Return levels of exact colour whose blocks are bounded by straight lines: surely padding."""
+    likely = [int(level) for level in np.argsort(exact_count)[::-1][:2]]
+    return [
+        level
+        for level in likely
+        if exact_count[level] >= 4 * least
+        and _straightness(exact & (grey == level)) > _PAD_STRAIGHT
+    ]
+
+
+def _runs(
+    count: NDArray[np.intp], exact: NDArray[np.intp], framed: list[int], least: float
+) -> list[tuple[int, int]]:
     """Return the grey ranges that hold at least `least` blocks: lone spikes, and what has gaps.
 
-    A spike stands in one or two levels with next to nothing beside it, so that padding a few
-    levels from the glass is still told from it.
+    A spike stands in one or two levels with next to nothing beside it, or in a frame; so padding
+    a few levels from the glass is still told from it.
     """
     count = count.copy()
     runs = []
     for level in np.argsort(exact)[::-1][:4]:
         near = count[max(0, level - 1) : level + 2].sum()
         skirt = count[max(0, level - 4) : level + 5].sum() - near
-        if exact[level] >= 4 * least and exact[level] > 0.85 * near and skirt < 0.12 * near:
+        lone = exact[level] > 0.7 * near and skirt < 0.3 * near
+        if exact[level] >= 4 * least and (lone or int(level) in framed):
             runs.append((max(0, int(level) - 1), min(255, int(level) + 1)))
             count[max(0, level - 1) : level + 2] = 0
     solid = np.convolve(count, np.ones(7), mode="same") >= max(3.0, 0.1 * least)
@@ -337,16 +357,19 @@ def _brightest_tint(
     count = np.bincount(cells[:, 0] * 65 + cells[:, 1], weights=weight[near], minlength=65 * 65)
     density = cv2.GaussianBlur(count.reshape(65, 65), (0, 0), 1.3)
     peaks = (density == cv2.dilate(density, np.ones((5, 5)))) & (density > 0.15 * density.max())
-    best, best_light = current, -np.inf
+    found = []
     for cell in np.argwhere(peaks):
         tint = current + (cell - 32) * step
         own = near & (np.abs(tints - tint).max(axis=1) < 0.008)
-        if own.sum() < 5:
-            continue
-        light = float(np.percentile(residual[own], 60))
-        if light > best_light:
-            best, best_light = np.median(tints[own], axis=0), light
-    return best
+        if own.sum() >= 5:
+            light = float(np.percentile(residual[own], 60))
+            found.append((light, float(density[tuple(cell)]), np.median(tints[own], axis=0)))
+    if not found:
+        return current
+    # Chroma comes in steps, so that glass may show two tints; tissue is clearly darker.
+    brightest = max(light for light, _, _ in found)
+    glassy = [entry for entry in found if entry[0] > brightest - 0.008]
+    return max(glassy, key=lambda entry: entry[1])[2]
 
 
 def _quadratic(

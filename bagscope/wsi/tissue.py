@@ -27,13 +27,14 @@ FINEST_MPP = 6.0
 
 MIN_FRAGMENT_UM2 = 12_000.0
 MIN_HOLE_UM2 = 10_000.0
-MIN_FAINT_HOLE_UM2 = 40_000.0
+MIN_FAINT_HOLE_UM2 = 90_000.0
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
 
 SURE_TINT = 6.0
 """Difference of channels in grey levels that coarse JPEG does not make of a shadow."""
 
+FAINT_TISSUE = 20.0
 LEAST_CUT = 2.0
 FAINT_CUT = 6.0
 """Borders of fainter tissue are drawn from a smoothed image: noise would fray them."""
@@ -135,12 +136,18 @@ def _segment(
     dark = _as_floats(cv2.transform(soft, np.full((1, 3), level / 3, np.float32)))
     stained, tint = _stained(soft, dark, away, level)
     usual, cut = _border_levels(dark, stained, level)
-    coarse = _without_soft(stained & (dark > cut) & ~away, dark, tint, away)
+    dim = (dark > cut) & ~away
+    whole = _edged_components(dark, stained & dim, away)
+    coarse = whole | _without_soft(stained & dim & ~whole, dark, tint, away | whole)
+    # Rims of bubbles, fibres and scratches are thin and grey.
+    solid = cv2.morphologyEx(coarse.view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
+    coarse &= solid | (tint > SURE_TINT)
     # Pale or neutral parts amid tissue: below the cut or without a tint, but not in the blur
     # along a border.
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
     pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    coarse |= _untinted_parts((dark > cut) & ~away, coarse, dark, away)
+    for _ in range(2):  # the second time for parts that border on the first
+        coarse |= _untinted_parts(dim, coarse, dark, away)
     coarse |= _closed(coarse & (cut <= FAINT_CUT), 2 * mpp) & ~away
     pale |= _webbed(dark, usual, coarse) & ~away
     near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
@@ -264,47 +271,108 @@ def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools
     shaded = dark[ring] > 0.5 * darkness[around]
     soft = np.bincount(around, weights=shaded, minlength=count)
     soft = soft / np.maximum(np.bincount(around, minlength=count), 1)
-    return np.asarray(mask & ~(doubtful & (soft > 0.5))[labels])
+    usual = float(np.median(dark[mask]))
+    return np.asarray(mask & ~(doubtful & ((soft > 0.5) | (darkness < 0.15 * usual)))[labels])
+
+
+@dataclass(frozen=True, slots=True)
+class _Borders:
+    """Darkness of components: in the middle, just inside and just outside of where glass begins.
+
+    Arrays (N + 1,) by label, 0 being no component; `_px` count pixels, `dim_px` those just inside
+    that are less than half as dark as the middle.
+    """
+
+    labels: NDArray[np.int32]
+    grown: NDArray[np.int32]
+    area_px: NDArray[np.intp]
+    middle: NDArray[np.float64]
+    inside: NDArray[np.float64]
+    inside_px: NDArray[np.intp]
+    dim_px: NDArray[np.intp]
+    outside: NDArray[np.float64]
+    outside_px: NDArray[np.intp]
+
+    def edged(self, least_inside: float, most_outside: float) -> Bools:
+        """Return which are dark right up to their border and have glass right behind it."""
+        return (
+            (self.inside > least_inside * self.middle)
+            & (self.outside < most_outside * self.middle)
+            & (np.minimum(self.inside_px, self.outside_px) >= 8)
+        )
+
+
+def _borders(parts: NDArray[Any], glass: Bools, dark: Floats) -> _Borders:
+    """Measure the components of `parts` (H, W) against what is next to them in `glass`."""
+    count, labels = cv2.connectedComponents(parts, connectivity=4)
+    clear = glass.view(np.uint8)
+    near = cv2.dilate(clear, np.ones((9, 9), np.uint8)) > 0
+    edge = cv2.dilate(clear, np.ones((3, 3), np.uint8)) > 0
+    far = cv2.erode(clear, np.ones((3, 3), np.uint8)) > 0
+    # Labels grown outwards; where two components meet, the later one has the ring between them.
+    grown = cv2.dilate(labels.astype(np.float32), np.ones((9, 9), np.uint8)).astype(np.int32)
+
+    def mean_of(owner: NDArray[np.int32], where: Bools) -> tuple[Any, Any]:
+        at = owner[where]
+        number = np.bincount(at, minlength=count)
+        total = np.bincount(at, weights=dark[where], minlength=count)
+        return total / np.maximum(number, 1), number
+
+    middle, area_px = mean_of(labels, (parts > 0) & ~edge)
+    inside, inside_px = mean_of(labels, (parts > 0) & near & ~edge)
+    outside, outside_px = mean_of(grown, (grown > 0) & far)
+    faded = (parts > 0) & near & ~edge & (dark < 0.5 * middle.astype(np.float32)[labels])
+    dim_px = np.bincount(labels[faded], minlength=count)
+    return _Borders(labels, grown, area_px, middle, inside, inside_px, dim_px, outside, outside_px)
+
+
+def _edged_components(dark: Floats, stained: Bools, away: Bools) -> Bools:
+    """Return faint components that end in an edge all round and are tinted somewhere.
+
+    Coarse chroma can lose the tint of faint tissue, or lend some to a shadow; only its edge tells
+    the tissue then. Several levels, since a shadow may touch the tissue at the lowest.
+    """
+    edged = np.zeros(dark.shape, np.bool_)
+    if not stained.any() or float(np.median(dark[stained])) > FAINT_TISSUE:
+        return edged
+    for level in (LEAST_CUT, 1.75 * LEAST_CUT, 2.5 * LEAST_CUT):
+        dim = (dark > level) & ~away
+        parts = cv2.morphologyEx(dim.view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
+        found = _borders(parts, ~(dim | away), dark)
+        tinted_px = np.bincount(found.labels[stained], minlength=len(found.area_px))
+        keep = found.edged(0.88, 0.27) & (found.middle > 3.5) & (found.middle < FAINT_TISSUE)
+        keep &= (tinted_px > 0.02 * found.area_px) & (found.dim_px < 0.15 * found.inside_px)
+        keep[0] = False
+        edged |= keep[found.labels]
+    return edged
 
 
 def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools) -> Bools:
     """Return the parts of `dim` beside sure tissue that end in an edge, as shade does not.
 
-    Mixed stains can be grey, and coarse chroma can lose a faint tint. A part counts where it is
-    nearly as dark just inside its border with glass as in its middle, and glass begins at once.
+    Mixed stains can be grey, and coarse chroma can lose a faint tint.
     """
-    rest = cv2.morphologyEx((dim & ~sure).view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
-    count, labels = cv2.connectedComponents(rest, connectivity=4)
-    if count < 2:
-        return rest > 0
-    glass = (~(dim | sure | away)).view(np.uint8)
-    near = cv2.dilate(glass, np.ones((9, 9), np.uint8)) > 0
-    edge = cv2.dilate(glass, np.ones((3, 3), np.uint8)) > 0
-    grown = cv2.dilate(labels.astype(np.float32), np.ones((9, 9), np.uint8)).astype(np.int32)
-    covered = cv2.dilate((dim | sure | away).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
-
-    def mean_of(owner: NDArray[np.int32], where: Bools) -> tuple[Floats, NDArray[np.intp]]:
-        at = owner[where]
-        number = np.bincount(at, minlength=count)
-        total = np.bincount(at, weights=dark[where], minlength=count)
-        return _as_floats(total / np.maximum(number, 1)), number
-
-    middle, _ = mean_of(labels, (labels > 0) & ~edge)
-    inside, inside_px = mean_of(labels, (labels > 0) & near & ~edge)
-    outside, outside_px = mean_of(grown, (grown > 0) & ~covered)
-    _, touching_px = mean_of(grown, (grown > 0) & sure)
-    sharp = (inside > 0.8 * middle) & (outside < 0.35 * middle)
-    sharp &= np.minimum(inside_px, outside_px) >= 8
-    keep = (touching_px >= 12) & (sharp | (outside_px < 0.25 * touching_px))
-    keep &= touching_px > 0.5 * outside_px
+    parts = cv2.morphologyEx(
+        (dim & ~sure).view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)
+    )
+    if not cv2.countNonZero(parts):
+        return parts > 0
+    found = _borders(parts, ~(dim | sure | away), dark)
+    touching_px = np.bincount(found.grown[sure], minlength=len(found.area_px))
+    keep = found.edged(0.8, 0.35) & (touching_px > 0.5 * found.outside_px)
+    keep |= found.edged(0.85, 0.25) & (touching_px > 0.15 * found.outside_px)
+    keep |= found.outside_px < 0.25 * touching_px
+    # Shade is faint beside well stained tissue, and nothing else can be told apart there.
+    usual = float(np.median(dark[sure])) if sure.any() else 0.0
+    keep &= (touching_px >= 12) & (found.middle > 0.4 * usual)
     keep[0] = False
-    return np.asarray(keep[labels])
+    return np.asarray(keep[found.labels])
 
 
 def _closed(faint: Bools, mpp: float) -> Bools:
     """Close faint tissue over what compression has left of it: larger gaps than elsewhere."""
     mask = cv2.morphologyEx(
-        faint.view(np.uint8), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+        faint.view(np.uint8), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))
     )
     _fill_holes(mask, MIN_FAINT_HOLE_UM2 / mpp**2)
     return np.asarray(mask > 0)

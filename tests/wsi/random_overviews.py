@@ -61,7 +61,7 @@ def random_scene(seed: int) -> Scene:
 
     tissue, soft = _fragments(rng, shape, traits)
     contrast = _pick(rng, {"strong": 0.6, "pale": 0.22, "faint": 0.18})
-    density = _stained(rng, tissue, soft, traits)
+    density = _stained(rng, tissue, soft, contrast, traits)
     fold = _folds(rng, tissue, density, traits)
     glass = _glass(rng, shape, traits)
     drop = {"strong": (45, 110), "pale": (16, 40), "faint": (5, 10)}[contrast]
@@ -175,9 +175,16 @@ def _without_small(mask: Mask) -> Mask:
 
 
 def _stained(
-    rng: np.random.Generator, tissue: Mask, soft: Floats, traits: dict[str, object]
+    rng: np.random.Generator,
+    tissue: Mask,
+    soft: Floats,
+    contrast: str,
+    traits: dict[str, object],
 ) -> Floats:
-    """Return optical density (H, W, 3) of the tissue, to be scaled."""
+    """Return optical density (H, W, 3) of the tissue, to be scaled.
+
+    No fat in faint tissue: its walls would be fainter than one step of the JPEG's quantisation.
+    """
     shape = tissue.shape
     stain = _pick(rng, {"he": 0.72, "dab": 0.28})
     first, second = (_tilted(rng, v) for v in (HAEMATOXYLIN, EOSIN if stain == "he" else DAB))
@@ -198,7 +205,7 @@ def _stained(
         cracks = np.abs(_noise(rng, shape, float(rng.uniform(18, 40)), 3, stretch=2.5)) < 0.03
         open_space *= 1 - 0.9 * cracks.astype(np.float32)
         traits["cracks"] = True
-    if rng.random() < 0.22:
+    if rng.random() < 0.22 and contrast != "faint":
         fat = (_noise(rng, shape, 90) > float(rng.uniform(0.9, 1.6))).astype(np.float32)
         walls = _cell_walls(rng, shape, float(rng.uniform(7, 12)))
         open_space *= 1 - fat * (1 - walls)
@@ -406,7 +413,8 @@ def _pad(
                 cell = np.s_[y : y + edge, x : x + edge]
                 padded[cell] = not content[cell].any()
     else:
-        near = cv2.dilate(content.astype(np.uint8), np.ones((9, 9), np.uint8))
+        reach = 2 * int(rng.integers(4, 25)) + 1
+        near = cv2.dilate(content.astype(np.uint8), np.ones((reach, reach), np.uint8))
         padded[:] = near == 0
     rgb[padded] = int(grey)
     traits["padding"] = f"{fill} {kind}"
