@@ -151,8 +151,8 @@ class DaskExecutor:
 
     def _gone(self) -> WorkerDied:
         return WorkerDied(
-            f"{self._address}: the Dask scheduler went away with {len(self._in_hand)} slides in "
-            "hand; start it, and give the same command again to go on"
+            f"{self._address}: the Dask scheduler went away in the middle of the run; start it, "
+            "and give the same command again to go on"
         )
 
 

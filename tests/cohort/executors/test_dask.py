@@ -16,7 +16,7 @@ import pytest
 from bagscope.cohort.progress import RunStarted, SilentReporter, SlideStarted
 from bagscope.cohort.runner import Job, RunOptions, RunReport, run_cohort
 from bagscope.cohort.status import read_statuses
-from bagscope.errors import ConfigError
+from bagscope.errors import ConfigError, WorkerDied
 
 distributed = pytest.importorskip("distributed")
 
@@ -150,6 +150,22 @@ def test_workers_at_most(cluster, tmp_path):
         size = Size()
         report = run(cluster, tmp_path, {"a": "ok", "b": "ok"}, workers=asked, report=size)
         assert (size.workers, report.exit_code) == (expected, 0)
+
+
+def test_a_cluster_that_goes_away_ends_the_run_in_one_sentence(tmp_path):
+    doomed = distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None
+    )
+
+    class Closer:
+        def emit(self, event: object) -> None:
+            if isinstance(event, SlideStarted):
+                threading.Timer(0.5, doomed.close).start()
+
+    slides = {"a": ("write-forever", str(tmp_path)), "b": "ok"}
+    with pytest.raises(WorkerDied, match="the Dask scheduler went away"):
+        run(doomed, tmp_path, slides, report=Closer())
+    assert not list((tmp_path / "status").rglob("*.claim"))
 
 
 def test_an_address_without_scheduler_is_one_sentence(tmp_path, monkeypatch):
