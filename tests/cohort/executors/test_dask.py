@@ -25,7 +25,7 @@ distributed = pytest.importorskip("distributed")
 def cluster() -> Iterator[Any]:
     """Two worker processes and a scheduler on this machine."""
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
     ) as running:
         running.wait_for_workers(2, timeout=60)
         yield running
@@ -154,7 +154,7 @@ def test_workers_at_most(cluster, tmp_path):
 
 def test_a_cluster_that_goes_away_ends_the_run_in_one_sentence(tmp_path):
     doomed = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0"
     )
 
     class Closer:
