@@ -63,7 +63,7 @@ class Lattice:
 
 
 def lattice_for(bounds_l0: RectL0, plan: ReadPlan, *, overlap_px: int) -> Lattice:
-    """Return the lattice of all tiles that lie inside the scanned area, from its top-left corner."""
+    """Return the lattice of all tiles inside the scanned area, from its top-left corner on."""
     step_l0 = plan.extent_l0 * (plan.tile_px - overlap_px) / plan.tile_px
     return Lattice(
         origin_x_l0=float(bounds_l0.x_l0),
@@ -115,7 +115,9 @@ def _interpolate(table: NDArray[np.float64], lines: NDArray[np.float64]) -> NDAr
     lines = np.clip(lines, 0, len(table) - 1)
     below = np.minimum(lines.astype(np.intp), max(len(table) - 2, 0))
     weight = (lines - below)[:, None]
-    return table[below] * (1 - weight) + table[np.minimum(below + 1, len(table) - 1)] * weight
+    above = np.minimum(below + 1, len(table) - 1)
+    values: NDArray[np.float64] = table[below] * (1 - weight) + table[above] * weight
+    return values
 
 
 def _morton(grid: NDArray[np.int32]) -> NDArray[np.uint64]:
