@@ -65,7 +65,6 @@ def estimate_glass(rgb: NDArray[np.uint8], ignore: Bools | None = None) -> Glass
     levels = _levels(small, grey, flat, flat & (span <= _PAD_RANGE) & neutral)
     padding = _padding(rgb, grey, flat & neutral, levels.pads)
     usable = readable & ~_any_in_blocks(padding) if levels.pads else readable
-    even = np.zeros(small.shape[:2], np.float32)
     glass_range = levels.glass
     if glass_range is None:
         glass_range = _brightest(small, grey, usable, levels.pads)
@@ -74,18 +73,19 @@ def estimate_glass(rgb: NDArray[np.uint8], ignore: Bools | None = None) -> Glass
     # Beside brighter padding the margin is not seen: compression mixes the two.
     darker = bool(levels.pads) and max(high for _, high in levels.pads) < brighter_than
     margin = _margin_colour(rgb, small, padding, brighter_than) if darker else None
-    if margin is not None:
-        return Glass(colour=margin, falloff=even, padding=padding, measured=True)
-    if glass_range is None and levels.fallback is not None:
+    if glass_range is None and margin is None and levels.fallback is not None:
         # Nothing brighter than the even colour: that colour is the glass itself.
         glass_range = levels.fallback
         flat = usable = (span <= _FLAT_RANGE) & readable
         rest = [pad for pad in levels.pads if pad != levels.fallback]
         padding = _padding(rgb, grey, flat & neutral, rest)
-    if glass_range is None:
-        return Glass(colour=_ASSUMED.copy(), falloff=even, padding=padding, measured=False)
-    colour, falloff = _fit_light(small, flat & usable, usable, glass_range)
-    return Glass(colour=colour, falloff=falloff, padding=padding, measured=True)
+    measured = glass_range is not None or margin is not None
+    colour, falloff = _ASSUMED.copy(), np.zeros(small.shape[:2], np.float32)
+    if glass_range is not None:
+        colour, falloff = _fit_light(small, flat & usable, usable, glass_range)
+    if margin is not None and (glass_range is None or margin.mean() > colour.mean() + 4):
+        colour, falloff = margin, np.zeros(small.shape[:2], np.float32)
+    return Glass(colour=colour, falloff=falloff, padding=padding, measured=measured)
 
 
 def _image(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -146,7 +146,7 @@ def _levels(
     # Beside brighter padding, the next flat level is glass only if it has no tint of its own;
     # otherwise what looked like padding is perfectly even glass, and this is pale tissue.
     above = [c for c in even if own[1] < c[0] <= own[1] + _PALE_DROP]
-    if above and min(np.ptp(c[2] - own[2]) for c in above) > 6:
+    if above and min(np.ptp(c[2] - own[2]) for c in above) > 10:
         glass = max(above, key=lambda c: c[1])[:2]
         return _Levels([pad for pad in pads if pad != glass], glass, None)
     return _Levels(pads, own[:2], None)
@@ -356,7 +356,7 @@ def _brightest_tint(
     cells = np.rint((tints[near] - current) / step).astype(np.int64) + 32
     count = np.bincount(cells[:, 0] * 65 + cells[:, 1], weights=weight[near], minlength=65 * 65)
     density = cv2.GaussianBlur(count.reshape(65, 65), (0, 0), 1.3)
-    peaks = (density == cv2.dilate(density, np.ones((5, 5)))) & (density > 0.15 * density.max())
+    peaks = (density == cv2.dilate(density, np.ones((5, 5)))) & (density > 0.04 * density.max())
     found = []
     for cell in np.argwhere(peaks):
         tint = current + (cell - 32) * step
@@ -367,9 +367,13 @@ def _brightest_tint(
     if not found:
         return current
     # Chroma comes in steps, so that glass may show two tints; tissue is clearly darker.
-    brightest = max(light for light, _, _ in found)
-    glassy = [entry for entry in found if entry[0] > brightest - 0.008]
-    return max(glassy, key=lambda entry: entry[1])[2]
+    heaviest = max(found, key=lambda entry: entry[1])
+    brighter = [
+        entry
+        for entry in found
+        if entry[0] > heaviest[0] + (0.008 if entry[1] > 0.15 * heaviest[1] else 0.015)
+    ]
+    return max(brighter or [heaviest], key=lambda entry: entry[1])[2]
 
 
 def _quadratic(

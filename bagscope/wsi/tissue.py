@@ -137,11 +137,9 @@ def _segment(
     stained, tint = _stained(soft, dark, away, level)
     usual, cut = _border_levels(dark, stained, level)
     dim = (dark > cut) & ~away
-    whole = _edged_components(dark, stained & dim, away)
+    faint = _median(dark, stained & dim) < FAINT_TISSUE
+    whole = _edged_components(dark, stained, dim, away) if faint else np.zeros_like(dim)
     coarse = whole | _without_soft(stained & dim & ~whole, dark, tint, away | whole)
-    # Rims of bubbles, fibres and scratches are thin and grey.
-    solid = cv2.morphologyEx(coarse.view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
-    coarse &= solid | (tint > SURE_TINT)
     # Pale or neutral parts amid tissue: below the cut or without a tint, but not in the blur
     # along a border.
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
@@ -257,8 +255,8 @@ def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
     area = stats[:, cv2.CC_STAT_AREA].astype(np.float64)
     at = labels[mask]
-    darkness = np.bincount(at, weights=dark[mask], minlength=count) / area
-    tinted = np.bincount(at, weights=tint[mask], minlength=count) / area
+    darkness = np.bincount(at, weights=dark[mask], minlength=count) / np.maximum(area, 1)
+    tinted = np.bincount(at, weights=tint[mask], minlength=count) / np.maximum(area, 1)
     doubtful = (darkness < 25) & (tinted < SURE_TINT)
     doubtful[0] = False
     if not doubtful.any():
@@ -271,7 +269,7 @@ def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools
     shaded = dark[ring] > 0.5 * darkness[around]
     soft = np.bincount(around, weights=shaded, minlength=count)
     soft = soft / np.maximum(np.bincount(around, minlength=count), 1)
-    usual = float(np.median(dark[mask]))
+    usual = _median(dark, mask)
     return np.asarray(mask & ~(doubtful & ((soft > 0.5) | (darkness < 0.15 * usual)))[labels])
 
 
@@ -326,22 +324,25 @@ def _borders(parts: NDArray[Any], glass: Bools, dark: Floats) -> _Borders:
     return _Borders(labels, grown, area_px, middle, inside, inside_px, dim_px, outside, outside_px)
 
 
-def _edged_components(dark: Floats, stained: Bools, away: Bools) -> Bools:
+def _median(values: Floats, where: Bools) -> float:
+    return float(np.median(values[where])) if where.any() else 0.0
+
+
+def _edged_components(dark: Floats, stained: Bools, dim: Bools, away: Bools) -> Bools:
     """Return faint components that end in an edge all round and are tinted somewhere.
 
     Coarse chroma can lose the tint of faint tissue, or lend some to a shadow; only its edge tells
     the tissue then. Several levels, since a shadow may touch the tissue at the lowest.
     """
     edged = np.zeros(dark.shape, np.bool_)
-    if not stained.any() or float(np.median(dark[stained])) > FAINT_TISSUE:
-        return edged
     for level in (LEAST_CUT, 1.75 * LEAST_CUT, 2.5 * LEAST_CUT):
-        dim = (dark > level) & ~away
-        parts = cv2.morphologyEx(dim.view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
-        found = _borders(parts, ~(dim | away), dark)
+        darker = (dark > level) & dim
+        parts = cv2.morphologyEx(darker.view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
+        found = _borders(parts, ~(darker | away), dark)
         tinted_px = np.bincount(found.labels[stained], minlength=len(found.area_px))
         keep = found.edged(0.88, 0.27) & (found.middle > 3.5) & (found.middle < FAINT_TISSUE)
-        keep &= (tinted_px > 0.02 * found.area_px) & (found.dim_px < 0.15 * found.inside_px)
+        keep &= (tinted_px > 0.02 * found.area_px) | (found.middle > 5)
+        keep &= found.dim_px < 0.15 * found.inside_px
         keep[0] = False
         edged |= keep[found.labels]
     return edged
@@ -363,7 +364,7 @@ def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools) -> Bools
     keep |= found.edged(0.85, 0.25) & (touching_px > 0.15 * found.outside_px)
     keep |= found.outside_px < 0.25 * touching_px
     # Shade is faint beside well stained tissue, and nothing else can be told apart there.
-    usual = float(np.median(dark[sure])) if sure.any() else 0.0
+    usual = _median(dark, sure)
     keep &= (touching_px >= 12) & (found.middle > 0.4 * usual)
     keep[0] = False
     return np.asarray(keep[found.labels])

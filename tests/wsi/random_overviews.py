@@ -195,10 +195,10 @@ def _stained(
     nuclei = (0.25 + 0.75 * epithelium) * np.clip(1 + 0.35 * grain, 0.1, 3) + 0.8 * clumps
     ground = np.clip(1.2 - 0.5 * epithelium + 0.3 * fibres, 0.25, 3)
     if stain == "dab":
-        # DAB marks some cells and leaves the rest to a weak counterstain.
-        marked = np.clip(
-            _noise(rng, shape, float(rng.uniform(15, 60))) - rng.uniform(-1, 1.2), 0, 2
-        )
+        # DAB marks some cells and leaves the rest to a weak counterstain; a section that is
+        # faint altogether is a negative one, with next to no marks.
+        rare = rng.uniform(1.2, 1.8) if contrast == "faint" else rng.uniform(-1, 1.2)
+        marked = np.clip(_noise(rng, shape, float(rng.uniform(15, 60))) - rare, 0, 2)
         ground, nuclei = marked * (1 + 0.3 * grain).clip(0.1, 3), 0.6 * nuclei + 0.25
     open_space = soft.copy()
     if rng.random() < 0.5:
@@ -413,7 +413,7 @@ def _pad(
                 cell = np.s_[y : y + edge, x : x + edge]
                 padded[cell] = not content[cell].any()
     else:
-        reach = 2 * int(rng.integers(4, 25)) + 1
+        reach = 2 * int(rng.integers(10, 41)) + 1
         near = cv2.dilate(content.astype(np.uint8), np.ones((reach, reach), np.uint8))
         padded[:] = near == 0
     rgb[padded] = int(grey)
