@@ -27,7 +27,7 @@ FINEST_MPP = 6.0
 
 MIN_FRAGMENT_UM2 = 12_000.0
 MIN_HOLE_UM2 = 10_000.0
-MIN_FAINT_HOLE_UM2 = 90_000.0
+MIN_FAINT_HOLE_UM2 = 20_000.0
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
 
@@ -373,7 +373,7 @@ def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools) -> Bools
 def _closed(faint: Bools, mpp: float) -> Bools:
     """Close faint tissue over what compression has left of it: larger gaps than elsewhere."""
     mask = cv2.morphologyEx(
-        faint.view(np.uint8), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))
+        faint.view(np.uint8), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
     )
     _fill_holes(mask, MIN_FAINT_HOLE_UM2 / mpp**2)
     return np.asarray(mask > 0)
