@@ -32,6 +32,7 @@ MAX_GRAIN = 0.05
 """Mean difference from the pixels around, relative to the absorption; tissue has 0.05 and more."""
 
 MIN_DARKNESS_SHARE = 0.35
+LIKE_TISSUE_REACH_UM = 80.0
 SPREAD_UM = 16.0
 """How far the ink's blurred edge is counted with it."""
 
@@ -93,6 +94,10 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
             bare = key[(mean > 0.05) & ~loose & ~void]
             darkest = float(np.percentile(bare, 96)) if bare.size else 0.0
             across = ink.across(channels) & (key > max(1.1 * darkest, 0.4)) & ~void
+            if ink.like_tissue:
+                reach = 2 * round(LIKE_TISSUE_REACH_UM / mpp) + 1
+                near = cv2.dilate(strict.view(np.uint8), np.ones((reach, reach), np.uint8)) > 0
+                loose, across = loose & near, across & near
             wide = (strict | loose | across).view(np.uint8)
             wide = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
             pen |= _marks(wide, cv2.dilate(core, thick), mean, MIN_MARK_UM2 / mpp**2)
@@ -106,12 +111,16 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Ink:
-    """Where one ink is certain, likely, and possible on tissue; the channel it takes most of."""
+    """Where one ink is certain, likely, and possible on tissue; the channel it takes most of.
+
+    `like_tissue`: dense tissue can have this colour, so that ink is not followed far.
+    """
 
     strict: Callable[[_Channels], Bools]
     loose: Callable[[_Channels], Bools]
     across: Callable[[_Channels], Bools]
     key: Callable[[_Channels], Floats]
+    like_tissue: bool = False
 
 
 def _certain_green(c: _Channels) -> Bools:
@@ -156,6 +165,7 @@ _INKS = (
         loose=lambda c: (c.least > 0.5) & (c.least > 0.65 * c.most),
         across=lambda c: c.least > 0.5 * c.most,
         key=lambda c: c.least,
+        like_tissue=True,
     ),
 )
 """Red, green, blue and black."""

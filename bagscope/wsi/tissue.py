@@ -104,6 +104,20 @@ def segment_tissue(
     )
 
 
+def _halos(tissue: Bools, pen: Bools) -> Bools:
+    """Return what was taken for tissue only because coarse chroma spreads the colour of ink.
+
+    Beside ink, tissue is more than a rim, or goes on farther away.
+    """
+    bits = tissue.view(np.uint8)
+    beside = cv2.dilate(pen.view(np.uint8), np.ones((31, 31), np.uint8)) > 0
+    solid = cv2.morphologyEx(bits, cv2.MORPH_OPEN, np.ones((11, 11), np.uint8)) > 0
+    count, labels = cv2.connectedComponents(bits, connectivity=4)
+    beyond = np.bincount(labels[solid | ~beside], minlength=count)
+    area = np.bincount(labels.ravel(), minlength=count)
+    return np.asarray((beyond < 0.3 * area)[labels] & tissue & beside & ~solid)
+
+
 def _to_whole_blocks(image: NDArray[Any]) -> NDArray[np.uint8]:
     """Repeat the last rows and columns up to a multiple of 8 pixels: every later scale is exact."""
     bottom, right = -image.shape[0] % 8, -image.shape[1] % 8
@@ -155,10 +169,7 @@ def _segment(
     full_pen = _enlarged(pen, full)
     tissue &= ~void & ~full_pen
     if pen.any():
-        # The halo of ink is tinted as well: beside ink, tissue has to be more than a rim.
-        beside = cv2.dilate(full_pen.view(np.uint8), np.ones((31, 31), np.uint8)) > 0
-        solid = cv2.morphologyEx(tissue.view(np.uint8), cv2.MORPH_OPEN, np.ones((11, 11), np.uint8))
-        tissue &= ~beside | (solid > 0)
+        tissue &= ~_halos(tissue, full_pen)
     tissue = _cleaned(tissue, mpp) & ~void & ~full_pen
     fold = find_folds(absorbed, _nearest(tissue, half) & ~pen, 2 * mpp)
     return tissue, full_pen & ~void, _enlarged(fold, full) & tissue

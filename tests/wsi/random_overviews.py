@@ -301,7 +301,7 @@ def _shadows(rng: np.random.Generator, light: Floats, traits: dict[str, object])
         axes = (int(rng.integers(30, 160)), int(rng.integers(15, 80)))
         cv2.ellipse(blot, centre, axes, float(rng.uniform(0, 180)), 0, 360, 1.0, -1)
         blot = cv2.GaussianBlur(blot, (0, 0), float(rng.uniform(14, 40)))
-        shade = np.maximum(shade, blot * float(rng.uniform(0.02, 0.12)))
+        shade = np.maximum(shade, blot * float(rng.uniform(0.02, 0.08)))
     light *= (1 - shade)[..., None]
     traits["shadows"] = round(float(shade.max()), 3)
 
