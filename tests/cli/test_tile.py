@@ -298,6 +298,14 @@ def test_exported_tiles_are_the_slide_s_pixels(
     assert "3 skipped" in again.out
 
 
+def run_restricted(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that can't write files, coverage data among them."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")}
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+
+
 def test_a_file_size_limit_fails_each_slide_and_leaves_nothing(
     slides: Path, tmp_path: Path
 ) -> None:
@@ -308,7 +316,7 @@ def test_a_file_size_limit_fails_each_slide_and_leaves_nothing(
         f"sys.argv = ['bagscope', 'tile', {str(study)!r}, '--slides', {str(slides)!r}];"
         "from bagscope.cli.app import main; main()"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    ran = run_restricted(script)
     assert ran.returncode == 1
     assert "Traceback" not in ran.stderr
     assert "could not be written (File too large)" in ran.stdout + ran.stderr
@@ -331,7 +339,7 @@ def test_a_read_only_study_is_one_sentence(slides: Path, tmp_path: Path) -> None
         "os.setgid(65534); os.setuid(65534);"
         f"sys.argv = ['bagscope', 'tile', {str(study)!r}]; main()"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    ran = run_restricted(script)
     assert ran.returncode in (1, 2)
     assert "Traceback" not in ran.stderr
     assert "Permission denied" in ran.stderr
