@@ -19,7 +19,7 @@ from bagscope.cohort.status import read_statuses
 from bagscope.cohort.table import Cohort
 from bagscope.pipeline.preload import WORKER_MODULES
 from bagscope.pipeline.study import RunSpec
-from bagscope.pipeline.tile import run_options
+from bagscope.pipeline.tile import run_options, size_weight
 from bagscope.wsi.opening import require_backend
 from bagscope.wsi.tiling import TilingSpec
 
@@ -121,6 +121,7 @@ def scan_cohort(
             payload=ScanTask(
                 slide_id=row.slide_id, path=row.path, mpp=row.mpp, spec=spec, backend=backend
             ),
+            weight=size_weight(row.path),
         )
         for row in cohort.rows
     ]

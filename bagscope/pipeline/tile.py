@@ -15,7 +15,7 @@ from bagscope.cohort.status import read_statuses
 from bagscope.cohort.table import SlideRow
 from bagscope.errors import ConfigError
 from bagscope.pipeline.preload import WORKER_MODULES
-from bagscope.pipeline.study import RunSpec, Study
+from bagscope.pipeline.study import RunSpec, Study, available_cores
 from bagscope.wsi import contact_sheet
 from bagscope.wsi.contact_sheet import SheetEntry
 from bagscope.wsi.opening import require_backend
@@ -97,10 +97,13 @@ def tile_cohort(
     _require_existing(annotations.roi, "--roi")
     _require_existing(annotations.masks, "--masks")
     _require_known_classes(spec, cohort.rows, annotations)
+    # Cores that no other slide keeps busy help to read.
+    threads = max(1, available_cores() // min(study.spec.run.worker_count, len(cohort.rows)))
     jobs = [
         Job(
             slide_id=row.slide_id,
-            payload=_task(study, row, annotations, backend, export, overwrite),
+            payload=_task(study, row, annotations, backend, export, overwrite, threads),
+            weight=size_weight(row.path),
         )
         for row in cohort.rows
     ]
@@ -128,6 +131,14 @@ def tile_one(job: Job) -> StageResult:
     from bagscope.pipeline.tile_worker import tile_task
 
     return tile_task(job.payload)
+
+
+def size_weight(path: Path) -> float:
+    """Return how long a slide takes compared with others, by the size of its file."""
+    try:
+        return float(max(1, path.stat().st_size))
+    except OSError:
+        return 1.0  # it will fail, quickly and by itself
 
 
 def run_options(
@@ -163,6 +174,7 @@ def _task(
     backend: str | None,
     export: Export | None,
     overwrite: bool,
+    threads: int,
 ) -> TileTask:
     roi = row.roi or annotations.roi
     return TileTask(
@@ -175,8 +187,7 @@ def _task(
         backend=backend,
         export=export,
         overwrite=overwrite,
-        # Cores that are not taken by another worker help to read.
-        threads=max(1, 2 // study.spec.run.worker_count),
+        threads=threads,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,6 +54,7 @@ def tile_task(task: TileTask) -> StageResult:
         FingerprintMismatch: the artefact was made from another slide or with other annotations.
         SlideError: the slide can't be tiled.
     """
+    cv2.setNumThreads(task.threads)
     edited = _own_annotation(task, task.annotations.masks)
     region_file = _own_annotation(task, task.annotations.roi)
     fields = _fingerprint_fields(task, edited, region_file)
@@ -289,8 +291,6 @@ def _summary(tiled: TiledSlide) -> dict[str, Json]:
 
 
 def _fragments(tissue: NDArray[np.bool_]) -> int:
-    import cv2
-
     return int(cv2.connectedComponents(tissue.view(np.uint8))[0]) - 1
 
 
