@@ -28,6 +28,9 @@ FINEST_MPP = 6.0
 MIN_FRAGMENT_UM2 = 12_000.0
 MIN_HOLE_UM2 = 10_000.0
 MIN_FAINT_HOLE_UM2 = 20_000.0
+MAX_GAP_UM2 = 200_000.0
+"""Largest untinted gap amid tissue that counts as tissue though no edge of it is seen."""
+
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
 
@@ -159,7 +162,7 @@ def _segment(
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
     pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     for _ in range(2):  # the second time for parts that border on the first
-        coarse |= _untinted_parts(dim, coarse, dark, away)
+        coarse |= _untinted_parts(dim, coarse, dark, away, MAX_GAP_UM2 / (2 * mpp) ** 2)
     coarse |= _closed(coarse & (cut <= FAINT_CUT), 2 * mpp) & ~away
     pale |= _webbed(dark, usual, coarse) & ~away
     near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
@@ -359,7 +362,7 @@ def _edged_components(dark: Floats, stained: Bools, dim: Bools, away: Bools) -> 
     return edged
 
 
-def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools) -> Bools:
+def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools, most_px: float) -> Bools:
     """Return the parts of `dim` beside sure tissue that end in an edge, as shade does not.
 
     Mixed stains can be grey, and coarse chroma can lose a faint tint.
@@ -373,7 +376,8 @@ def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools) -> Bools
     touching_px = np.bincount(found.grown[sure], minlength=len(found.area_px))
     keep = found.edged(0.8, 0.35) & (touching_px > 0.5 * found.outside_px)
     keep |= found.edged(0.85, 0.25) & (touching_px > 0.15 * found.outside_px)
-    keep |= found.outside_px < 0.25 * touching_px
+    # Without an edge to judge, only gaps amid tissue.
+    keep |= (found.outside_px < 0.25 * touching_px) & (found.area_px < most_px)
     # Shade is faint beside well stained tissue, and nothing else can be told apart there.
     usual = _median(dark, sure)
     keep &= (touching_px >= 12) & (found.middle > 0.4 * usual)

@@ -60,7 +60,7 @@ def random_scene(seed: int) -> Scene:
     traits: dict[str, object] = {}
 
     tissue, soft = _fragments(rng, shape, traits)
-    contrast = _pick(rng, {"strong": 0.6, "pale": 0.22, "faint": 0.18})
+    contrast = _pick(rng, {"strong": 0.64, "pale": 0.22, "faint": 0.14})
     density = _stained(rng, tissue, soft, contrast, traits)
     fold = _folds(rng, tissue, density, traits)
     glass = _glass(rng, shape, traits)
@@ -291,7 +291,7 @@ def _glass(rng: np.random.Generator, shape: tuple[int, int], traits: dict[str, o
 
 def _shadows(rng: np.random.Generator, light: Floats, traits: dict[str, object]) -> None:
     """Darken soft neutral areas, in place."""
-    if rng.random() >= 0.4:
+    if rng.random() >= 0.3:
         return
     shape = light.shape[:2]
     shade = np.zeros(shape, np.float32)
@@ -308,7 +308,7 @@ def _shadows(rng: np.random.Generator, light: Floats, traits: dict[str, object])
 
 def _bubbles(rng: np.random.Generator, light: Floats, traits: dict[str, object]) -> None:
     """Draw air bubbles, in place: a dark thin rim with a bright inner line, a changed inside."""
-    if rng.random() >= 0.3:
+    if rng.random() >= 0.25:
         return
     shape = light.shape[:2]
     for _ in range(int(rng.integers(1, 4))):
@@ -430,7 +430,15 @@ def _jpeg(
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     ][int(rng.integers(3))]
+    height, width = rgb.shape[:2]
+    finer = bool(rng.random() < 0.5)
+    if finer:
+        # The overview is averaged from a stored level of half the pixel size.
+        rgb = np.asarray(cv2.resize(rgb, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR))
     options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
     _, encoded = cv2.imencode(".jpg", rgb[..., ::-1], options)
-    traits["quality"] = quality
-    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])
+    traits |= {"quality": quality, "finer": finer}
+    decoded = np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])
+    if finer:
+        decoded = cv2.resize(decoded, (width, height), interpolation=cv2.INTER_AREA)
+    return np.asarray(decoded, np.uint8)
