@@ -11,6 +11,7 @@ import datetime
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,6 +54,34 @@ class Row:
     def shown(self) -> str:
         """Return the value as people read it."""
         return f"{self.value:,.0f}" if abs(self.value) >= 100 else f"{self.value:.3g}"
+
+
+class Watch:
+    """Times a piece of work, and how much of the processor other programs used meanwhile."""
+
+    def __init__(self) -> None:
+        self._begin = (time.perf_counter(), *_processor_seconds())
+
+    def stop(self) -> tuple[float, float]:
+        """Return the seconds, and the others' share of all cores (0 where it is not known)."""
+        seconds = time.perf_counter() - self._begin[0]
+        whole, own = _processor_seconds()
+        others = (whole - self._begin[1]) - (own - self._begin[2])
+        return seconds, max(0.0, others) / (seconds * (os.cpu_count() or 1))
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """Return the seconds that all programs, and this one, kept the processor busy so far."""
+    times = os.times()
+    own = times.user + times.system
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return own, own
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, stat.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+    )
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK"), own
 
 
 def show(rows: Sequence[Row]) -> None:
