@@ -92,7 +92,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def record(benchmark: str, rows: Sequence[Row], *, packages: Sequence[str]) -> None:
-    """Append the rows to results.csv and rewrite the benchmark's table."""
+    """Append the rows to results.csv and rewrite the table in the benchmark's page."""
     versions = "; ".join(
         [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
     )
@@ -116,7 +116,11 @@ def record(benchmark: str, rows: Sequence[Row], *, packages: Sequence[str]) -> N
         *(f"| {r.case} | {r.shown} | {r.unit} | {r.target} | {r.verdict} |" for r in rows),
         "",
     ]
-    (HERE / f"{benchmark}.md").write_text("\n".join(lines), encoding="utf-8")
+    page = HERE / f"{benchmark}.md"
+    # What people wrote under the table outlives the table.
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    remarks = old.rsplit("|\n", 1)[-1] if "|\n" in old else "\n"
+    page.write_text("\n".join(lines).rstrip("\n") + "\n" + remarks, encoding="utf-8")
 
 
 def device() -> str:
