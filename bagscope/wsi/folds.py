@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 MIN_FOLD_UM2 = 12_000.0
 MIN_WIDTH_UM = 32.0
+MAX_WIDTH_UM = 160.0
 SURROUND_UM = 400.0
 MIN_LENGTH_UM = 200.0
 MIN_LIKENESS = 0.975
@@ -69,9 +70,12 @@ def find_folds(absorbed: Floats, tissue: Bools, mpp: float) -> Bools:
     area = stats[:, cv2.CC_STAT_AREA]
     held = np.bincount(labels[core > 0], minlength=len(area))
     extent = np.hypot(stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT])
+    thick = round(MAX_WIDTH_UM / mpp)
+    broad = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((thick, thick), np.uint8))
+    broad_px = np.bincount(labels[broad > 0], minlength=len(area))
     # A fold is a solid band, longer than wide; a scatter of dark cells or a round nest is not.
     keep = (area >= MIN_FOLD_UM2 / mpp**2) & (held >= 0.4 * area) & (area < 0.45 * extent**2)
-    keep &= extent * mpp >= MIN_LENGTH_UM
+    keep &= (extent * mpp >= MIN_LENGTH_UM) & (broad_px < 0.2 * area)
     keep[0] = False
     return np.asarray(keep[labels])
 
@@ -85,4 +89,5 @@ def _surroundings(soft: Floats, ordinary: Bools, mpp: float) -> tuple[Floats, Fl
     edge = max(3, round(SURROUND_UM / mpp / _COARSE)) | 1
     amount = cv2.blur(cv2.resize(kept, size, interpolation=cv2.INTER_AREA), (edge, edge))
     share = cv2.blur(cv2.resize(weight, size, interpolation=cv2.INTER_AREA), (edge, edge))
-    return amount / np.maximum(share, 1e-3)[..., None], np.asarray(share, np.float32)
+    mean = amount / np.maximum(share, 1e-3)[..., None]
+    return np.asarray(mean, np.float32), np.asarray(share, np.float32)

@@ -27,6 +27,7 @@ _PAD_DARK = 45
 _PAD_STRAIGHT = 0.6
 _PALE_DROP = 60
 _LEAST_SHARE = 0.005
+_FIT_BLOCKS = 20_000
 _ASSUMED = np.array([244.0, 244.0, 244.0], np.float32)
 
 
@@ -299,14 +300,18 @@ def _fit_light(
     height, width = flat.shape
     grey_floor = int(0.7 * glass_range[0])
     rows, columns = np.nonzero(usable & (small.min(axis=2) >= max(1, grey_floor)))
+    sparse = max(1, len(rows) // _FIT_BLOCKS)
+    rows, columns = rows[::sparse], columns[::sparse]
     prior = np.where(flat[rows, columns], 1.0, 0.15)
     logs = np.log(np.maximum(small[rows, columns].astype(np.float64), 1))
     level = logs.mean(axis=1)
     tints = logs[:, :2] - logs[:, 2:]
     low, high = np.log(max(1, glass_range[0] - 1)), np.log(glass_range[1] + 1)
     inside = (level >= low) & (level <= high)
+    if not inside.any():
+        return _ASSUMED.copy(), np.zeros(flat.shape, np.float32)
     design = _quadratic(rows, columns, (height, width))
-    start = float(np.percentile(level[inside], 70)) if inside.any() else float(high)
+    start = float(np.percentile(level[inside], 70))
     fitted = np.full(len(level), start)
     near = inside & (level >= start - 0.02)
     tint = np.median(tints[near if near.any() else inside], axis=0)
@@ -381,4 +386,5 @@ def _quadratic(
 ) -> NDArray[np.float64]:
     y = (rows + 0.5) / shape[0] * 2 - 1
     x = (columns + 0.5) / shape[1] * 2 - 1
-    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+    terms = [np.ones_like(x), x, y, x * x, y * y, x * y]
+    return np.asarray(np.stack(terms, axis=1), np.float64)

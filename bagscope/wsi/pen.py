@@ -75,9 +75,9 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
     raw = np.asarray(cv2.transform(absorbed, np.full((1, 3), 1 / 3, np.float32)))
     grain = np.abs(raw - cv2.blur(raw, (3, 3))) / np.maximum(mean, 0.05)
     channels = _Channels(
-        red=red,
-        green=green,
-        blue=blue,
+        red=_floats(red),
+        green=_floats(green),
+        blue=_floats(blue),
         grain=grain,
         least=_floats(cv2.min(cv2.min(red, green), blue)),
         most=_floats(cv2.max(cv2.max(red, green), blue)),
@@ -105,8 +105,8 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
         return pen > 0
     reach = 2 * max(1, round(SPREAD_UM / mpp)) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))
-    pen = cv2.morphologyEx(pen, cv2.MORPH_CLOSE, kernel)
-    return np.asarray(cv2.dilate(pen, kernel) > 0)
+    closed = cv2.morphologyEx(pen, cv2.MORPH_CLOSE, kernel)
+    return np.asarray(cv2.dilate(closed, kernel) > 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,14 +174,13 @@ _INKS = (
 def _smooth_parts(mask: Bools, grain: Floats) -> Bools:
     """Keep the components whose inside is even: ink flows, tissue has cells."""
     bits = mask.view(np.uint8)
-    if not cv2.countNonZero(bits):
-        return mask
-    count, labels, _, _ = cv2.connectedComponentsWithStats(bits, connectivity=4)
-    if count < 2:
-        return mask
-    core = cv2.erode(bits, np.ones((3, 3), np.uint8)) > 0
-    number = np.bincount(labels[core], minlength=count)
-    total = np.bincount(labels[core], weights=grain[core], minlength=count)
+    core = cv2.erode(bits, np.ones((3, 3), np.uint8))
+    if not cv2.countNonZero(core):
+        return np.zeros_like(mask)
+    count, labels = cv2.connectedComponents(bits, connectivity=4)
+    at = labels[core > 0]
+    number = np.bincount(at, minlength=count)
+    total = np.bincount(at, weights=grain[core > 0], minlength=count)
     keep = (number >= 6) & (total < MAX_GRAIN * np.maximum(number, 1))
     keep[0] = False
     return np.asarray(keep[labels])

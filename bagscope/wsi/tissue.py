@@ -16,15 +16,24 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bagscope.wsi.edges import (
+    FAINT_TISSUE,
+    LEAST_CUT,
+    edged_components,
+    median_where,
+    untinted_parts,
+    without_soft,
+)
 from bagscope.wsi.folds import find_folds
 from bagscope.wsi.glass import Glass, estimate_glass
 from bagscope.wsi.pen import find_pen
 
 METHOD = "density-1"
 OVERVIEW_MPP = 8.0
-FINEST_MPP = 6.0
-"""Finer overviews are averaged down to about `OVERVIEW_MPP` first."""
+FINEST_MPP, COARSEST_MPP = 6.0, 11.0
+"""Overviews outside this range are brought to `OVERVIEW_MPP` first."""
 
+MAX_ENLARGEMENT = 4.0
 MIN_FRAGMENT_UM2 = 12_000.0
 MIN_HOLE_UM2 = 10_000.0
 MIN_FAINT_HOLE_UM2 = 20_000.0
@@ -34,11 +43,6 @@ MAX_GAP_UM2 = 200_000.0
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
 
-SURE_TINT = 6.0
-"""Difference of channels in grey levels that coarse JPEG does not make of a shadow."""
-
-FAINT_TISSUE = 20.0
-LEAST_CUT = 2.0
 FAINT_CUT = 6.0
 """Borders of fainter tissue are drawn from a smoothed image: noise would fray them."""
 
@@ -78,11 +82,12 @@ def segment_tissue(
     height, width = rgb.shape[:2]
     unreadable = None if readable is None else ~readable
     work, ignore, work_mpp = rgb, unreadable, mpp
-    if mpp < FINEST_MPP:
-        factor = mpp / OVERVIEW_MPP
+    if not FINEST_MPP <= mpp <= COARSEST_MPP:
+        factor = min(mpp / OVERVIEW_MPP, MAX_ENLARGEMENT)
         size = (max(1, round(width * factor)), max(1, round(height * factor)))
-        work = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-        work_mpp = OVERVIEW_MPP
+        scaling = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+        work = np.asarray(cv2.resize(rgb, size, interpolation=scaling), np.uint8)
+        work_mpp = mpp / factor
         if unreadable is not None:
             ignore = cv2.resize(unreadable.astype(np.uint8), size) > 0
     rows, columns = work.shape[:2]
@@ -149,22 +154,21 @@ def _segment(
     pen = find_pen(absorbed, half_void, 2 * mpp)
     away = half_void | pen
     level = float(glass.colour.mean())
-    soft = cv2.GaussianBlur(absorbed, (0, 0), 1.2)
+    soft = _as_floats(cv2.GaussianBlur(absorbed, (0, 0), 1.2))
     dark = _as_floats(cv2.transform(soft, np.full((1, 3), level / 3, np.float32)))
     stained, tint = _stained(soft, dark, away, level)
     usual, cut = _border_levels(dark, stained, level)
     dim = (dark > cut) & ~away
-    faint = _median(dark, stained & dim) < FAINT_TISSUE
-    whole = _edged_components(dark, stained, dim, away) if faint else np.zeros_like(dim)
-    coarse = whole | _without_soft(stained & dim & ~whole, dark, tint, away | whole)
+    faint = median_where(dark, stained & dim) < FAINT_TISSUE
+    whole = edged_components(dark, stained, dim, away) if faint else np.zeros_like(dim)
+    coarse = whole | without_soft(stained & dim & ~whole, dark, tint, away | whole)
     # Pale or neutral parts amid tissue: below the cut or without a tint, but not in the blur
     # along a border.
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
     pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     for _ in range(2):  # the second time for parts that border on the first
-        coarse |= _untinted_parts(dim, coarse, dark, away, MAX_GAP_UM2 / (2 * mpp) ** 2)
+        coarse |= untinted_parts(dim, coarse, dark, away, MAX_GAP_UM2 / (2 * mpp) ** 2)
     coarse |= _closed(coarse & (cut <= FAINT_CUT), 2 * mpp) & ~away
-    pale |= _webbed(dark, usual, coarse) & ~away
     near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     near &= stained | (half_void & ~bare_void)
     pale &= cv2.blur(coarse.astype(np.float32), (25, 25)) > 0.55
@@ -234,14 +238,6 @@ def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Boo
     return _nearest(near > 0, full) & ~away, wide
 
 
-def _webbed(dark: Floats, usual: Floats, coarse: Bools) -> Bools:
-    """Return where thin walls enclose clear gaps, as fat does: dark on average, not everywhere."""
-    mean = cv2.blur(np.minimum(dark, 60), (7, 7))
-    web = (mean > np.maximum(0.08 * usual, 3)) & (usual > 25)
-    web = cv2.erode(web.view(np.uint8), np.ones((11, 11), np.uint8)) > 0
-    return np.asarray(web & (cv2.blur(coarse.astype(np.float32), (25, 25)) > 0.35))
-
-
 def _border_levels(dark: Floats, stained: Bools, level: float) -> tuple[Floats, Floats]:
     """Return the usual darkness of the tissue around each pixel, and where its border is drawn.
 
@@ -259,130 +255,6 @@ def _border_levels(dark: Floats, stained: Bools, level: float) -> tuple[Floats, 
     cut = np.maximum(cut, LEAST_CUT)
     full = (dark.shape[1], dark.shape[0])
     return _as_floats(cv2.resize(usual, full)), _as_floats(cv2.resize(cut, full))
-
-
-def _without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
-    """Drop faint components without a border: shade whose tint is an artefact of compression.
-
-    Tissue stops within a pixel or two; around a shadow it is as dark as just inside it.
-    """
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
-    area = stats[:, cv2.CC_STAT_AREA].astype(np.float64)
-    at = labels[mask]
-    darkness = np.bincount(at, weights=dark[mask], minlength=count) / np.maximum(area, 1)
-    tinted = np.bincount(at, weights=tint[mask], minlength=count) / np.maximum(area, 1)
-    doubtful = (darkness < 25) & (tinted < SURE_TINT)
-    doubtful[0] = False
-    if not doubtful.any():
-        return mask
-    # Labels grown outwards; where two components meet, the later one has the ring between them.
-    grown = cv2.dilate(labels.astype(np.float32), np.ones((7, 7), np.uint8)).astype(np.int32)
-    beside = cv2.dilate((mask | away).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    ring = ~beside & (grown > 0) & doubtful[grown]
-    around = grown[ring]
-    shaded = dark[ring] > 0.5 * darkness[around]
-    soft = np.bincount(around, weights=shaded, minlength=count)
-    soft = soft / np.maximum(np.bincount(around, minlength=count), 1)
-    usual = _median(dark, mask)
-    return np.asarray(mask & ~(doubtful & ((soft > 0.5) | (darkness < 0.15 * usual)))[labels])
-
-
-@dataclass(frozen=True, slots=True)
-class _Borders:
-    """Darkness of components: in the middle, just inside and just outside of where glass begins.
-
-    Arrays (N + 1,) by label, 0 being no component; `_px` count pixels, `dim_px` those just inside
-    that are less than half as dark as the middle.
-    """
-
-    labels: NDArray[np.int32]
-    grown: NDArray[np.int32]
-    area_px: NDArray[np.intp]
-    middle: NDArray[np.float64]
-    inside: NDArray[np.float64]
-    inside_px: NDArray[np.intp]
-    dim_px: NDArray[np.intp]
-    outside: NDArray[np.float64]
-    outside_px: NDArray[np.intp]
-
-    def edged(self, least_inside: float, most_outside: float) -> Bools:
-        """Return which are dark right up to their border and have glass right behind it."""
-        return (
-            (self.inside > least_inside * self.middle)
-            & (self.outside < most_outside * self.middle)
-            & (np.minimum(self.inside_px, self.outside_px) >= 8)
-        )
-
-
-def _borders(parts: NDArray[Any], glass: Bools, dark: Floats) -> _Borders:
-    """Measure the components of `parts` (H, W) against what is next to them in `glass`."""
-    count, labels = cv2.connectedComponents(parts, connectivity=4)
-    clear = glass.view(np.uint8)
-    near = cv2.dilate(clear, np.ones((9, 9), np.uint8)) > 0
-    edge = cv2.dilate(clear, np.ones((3, 3), np.uint8)) > 0
-    far = cv2.erode(clear, np.ones((3, 3), np.uint8)) > 0
-    # Labels grown outwards; where two components meet, the later one has the ring between them.
-    grown = cv2.dilate(labels.astype(np.float32), np.ones((9, 9), np.uint8)).astype(np.int32)
-
-    def mean_of(owner: NDArray[np.int32], where: Bools) -> tuple[Any, Any]:
-        at = owner[where]
-        number = np.bincount(at, minlength=count)
-        total = np.bincount(at, weights=dark[where], minlength=count)
-        return total / np.maximum(number, 1), number
-
-    middle, area_px = mean_of(labels, (parts > 0) & ~edge)
-    inside, inside_px = mean_of(labels, (parts > 0) & near & ~edge)
-    outside, outside_px = mean_of(grown, (grown > 0) & far)
-    faded = (parts > 0) & near & ~edge & (dark < 0.5 * middle.astype(np.float32)[labels])
-    dim_px = np.bincount(labels[faded], minlength=count)
-    return _Borders(labels, grown, area_px, middle, inside, inside_px, dim_px, outside, outside_px)
-
-
-def _median(values: Floats, where: Bools) -> float:
-    return float(np.median(values[where])) if where.any() else 0.0
-
-
-def _edged_components(dark: Floats, stained: Bools, dim: Bools, away: Bools) -> Bools:
-    """Return faint components that end in an edge all round and are tinted somewhere.
-
-    Coarse chroma can lose the tint of faint tissue, or lend some to a shadow; only its edge tells
-    the tissue then. Several levels, since a shadow may touch the tissue at the lowest.
-    """
-    edged = np.zeros(dark.shape, np.bool_)
-    for level in (LEAST_CUT, 1.75 * LEAST_CUT, 2.5 * LEAST_CUT):
-        darker = (dark > level) & dim
-        parts = cv2.morphologyEx(darker.view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
-        found = _borders(parts, ~(darker | away), dark)
-        tinted_px = np.bincount(found.labels[stained], minlength=len(found.area_px))
-        keep = found.edged(0.88, 0.27) & (found.middle > 3.5) & (found.middle < FAINT_TISSUE)
-        keep &= (tinted_px > 0.02 * found.area_px) | (found.middle > 5)
-        keep &= found.dim_px < 0.15 * found.inside_px
-        keep[0] = False
-        edged |= keep[found.labels]
-    return edged
-
-
-def _untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools, most_px: float) -> Bools:
-    """Return the parts of `dim` beside sure tissue that end in an edge, as shade does not.
-
-    Mixed stains can be grey, and coarse chroma can lose a faint tint.
-    """
-    parts = cv2.morphologyEx(
-        (dim & ~sure).view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)
-    )
-    if not cv2.countNonZero(parts):
-        return parts > 0
-    found = _borders(parts, ~(dim | sure | away), dark)
-    touching_px = np.bincount(found.grown[sure], minlength=len(found.area_px))
-    keep = found.edged(0.8, 0.35) & (touching_px > 0.5 * found.outside_px)
-    keep |= found.edged(0.85, 0.25) & (touching_px > 0.15 * found.outside_px)
-    # Without an edge to judge, only gaps amid tissue.
-    keep |= (found.outside_px < 0.25 * touching_px) & (found.area_px < most_px)
-    # Shade is faint beside well stained tissue, and nothing else can be told apart there.
-    usual = _median(dark, sure)
-    keep &= (touching_px >= 12) & (found.middle > 0.4 * usual)
-    keep[0] = False
-    return np.asarray(keep[found.labels])
 
 
 def _closed(faint: Bools, mpp: float) -> Bools:
@@ -420,9 +292,8 @@ def _sharpened(
 
 def _cleaned(tissue: Bools, mpp: float) -> Bools:
     """Close cracks, fill small holes, drop threads and specks."""
-    mask = np.ascontiguousarray(tissue).view(np.uint8)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
-    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
+    mask = cv2.morphologyEx(tissue.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
     # Holes before threads: the thin walls between fat cells are what makes them small holes.
     _fill_holes(mask, MIN_HOLE_UM2 / mpp**2)
     mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
