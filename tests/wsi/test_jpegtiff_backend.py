@@ -282,6 +282,17 @@ def test_dct_scaling_stays_close_to_the_area_mean(tmp_path, chroma, factor):
     assert not np.array_equal(area, dct), "DCT scaling was not used"
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_dct_scaling_stays_close_on_every_tile_of_the_real_slide(factor):
+    x, y = np.meshgrid(np.arange(9) * 240, np.arange(12) * 240)
+    corners = np.stack([x.ravel(), y.ravel()], axis=1).astype(np.int32)
+    with open_slide(real_slide()) as slide:
+        area = slide.read_tiles(corners, plan(240 // factor, 240)).images
+        dct = slide.read_tiles(corners, plan(240 // factor, 240), downscale="dct").images
+    assert min(psnr_db(a, b) for a, b in zip(area, dct, strict=True)) >= 40
+    assert not np.array_equal(area, dct)
+
+
 def test_dct_scaling_is_not_used_where_it_would_be_worse(tmp_path):
     path = tmp_path / "slide.tif"
     build_tiff(path, sizes_px=((1024, 1024),), tile_px=(256, 256), chroma="422")
