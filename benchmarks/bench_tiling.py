@@ -1,6 +1,6 @@
 """Tissue and tiles of a 60,000 × 50,000 px slide: in process, and as a cold command.
 
-    python benchmarks/bench_tiling.py [--slide SLIDE.svs] [--rounds 5]
+    python benchmarks/bench_tiling.py [--record] [--slide SLIDE.svs] [--rounds 7]
 
 The cold command is compared with starting Python and importing what any tiler needs, in turn.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from recording import Recorder
+import recording
 
 from bagscope.wsi.lattice import Lattice
 from bagscope.wsi.opening import open_slide
@@ -36,22 +36,34 @@ BAGSCOPE = Path(sys.executable).with_name("bagscope")
 def main() -> None:
     """Measure, compare with the targets, record."""
     arguments = parse_arguments()
-    recorder = Recorder("tiling", ["bagscope", "numpy", "opencv-python-headless", "h5py"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         path = arguments.slide or make_slide(folder / "slide.svs")
         check(path)
-        seconds = median_seconds(lambda: tile(path, threads=2), arguments.rounds)
-        recorder.add("tissue + tiles in process, warm, 2 threads", seconds, "s", at_most=0.3)
-        seconds = median_seconds(lambda: tile(path, threads=1), arguments.rounds)
-        recorder.add("tissue + tiles in process, warm, 1 thread", seconds, "s")
-        measure_lattice(recorder, arguments.rounds)
-        measure_command(recorder, folder, path, arguments.rounds)
-    recorder.save()
+        rows = [
+            recording.Row(
+                "tissue + tiles in process, warm, 2 threads",
+                median_seconds(lambda: tile(path, threads=2), arguments.rounds),
+                "s",
+                at_most=0.3,
+            ),
+            recording.Row(
+                "tissue + tiles in process, warm, 1 thread",
+                median_seconds(lambda: tile(path, threads=1), arguments.rounds),
+                "s",
+            ),
+            lattice_row(arguments.rounds),
+            *command_rows(folder, path, arguments.rounds),
+        ]
+    recording.show(rows)
+    if arguments.record:
+        packages = ["numpy", "opencv-python-headless", "h5py", "openslide-python"]
+        recording.record("tiling", rows, packages=packages)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true", help="append to results.csv")
     parser.add_argument("--slide", type=Path, help="use this slide and do not make one")
     parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
@@ -84,17 +96,17 @@ def check(path: Path) -> None:
     print(f"{len(tiles)} tiles kept")
 
 
-def measure_lattice(recorder: Recorder, rounds: int) -> None:
+def lattice_row(rounds: int) -> recording.Row:
     mask = np.random.default_rng(0).random((1600, 1900)) < 0.5
     frame = MaskFrame(shape=mask.shape, origin_x_l0=0, origin_y_l0=0, px_l0_x=32.0, px_l0_y=32.0)
     lattice = Lattice(
         origin_x_l0=0, origin_y_l0=0, step_l0=116.0, extent_l0=512.0, columns=500, rows=400
     )
     seconds = median_seconds(lambda: lattice.coverage(mask, frame), rounds)
-    recorder.add("200,000 candidates measured against a mask", seconds * 1000, "ms")
+    return recording.Row("200,000 candidates measured against a mask", seconds * 1000, "ms")
 
 
-def measure_command(recorder: Recorder, folder: Path, slide: Path, rounds: int) -> None:
+def command_rows(folder: Path, slide: Path, rounds: int) -> list[recording.Row]:
     """Time the cold command and the bare imports in turn, and the command's peak memory."""
     command_s, imports_s = [], []
     study = folder / "study"
@@ -105,13 +117,13 @@ def measure_command(recorder: Recorder, folder: Path, slide: Path, rounds: int) 
         command_s.append(run([str(BAGSCOPE), "tile", str(study)]))
         imports_s.append(run([sys.executable, "-c", IMPORTS]))
     ratios = [a / b for a, b in zip(command_s[1:], imports_s[1:], strict=True)]
-    recorder.add("bagscope tile, cold", statistics.median(command_s[1:]), "s")
-    recorder.add(
-        "python -c 'import numpy, cv2, h5py, openslide'", statistics.median(imports_s[1:]), "s"
-    )
-    recorder.add("bagscope tile ÷ those imports", statistics.median(ratios), "×", at_most=3)
     peak = peak_mib([str(BAGSCOPE), "tile", str(study), "--overwrite", "--tile-px", "255"])
-    recorder.add("peak memory of the largest process", peak, "MiB", at_most=250)
+    return [
+        recording.Row("bagscope tile, cold", statistics.median(command_s[1:]), "s"),
+        recording.Row(f"python -c '{IMPORTS}'", statistics.median(imports_s[1:]), "s"),
+        recording.Row("bagscope tile ÷ those imports", statistics.median(ratios), "×", at_most=3),
+        recording.Row("peak memory of the largest process", peak, "MiB", at_most=250),
+    ]
 
 
 def run(command: list[str]) -> float:

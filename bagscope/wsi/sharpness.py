@@ -46,7 +46,7 @@ def sharpness(windows: NDArray[np.uint8], *, mpp: float) -> NDArray[np.float32]:
 def _score(window: NDArray[np.uint8], mpp: float) -> float:
     image = window.astype(np.float32)
     fine = cv2.GaussianBlur(image, (0, 0), max(FINE_UM / mpp, 0.5))
-    if float(fine.reshape(-1, 3).std(axis=0).max()) < MIN_CONTRAST:
+    if float(cv2.meanStdDev(fine)[1].max()) < MIN_CONTRAST:
         return float("nan")
     low, high = (cv2.GaussianBlur(image, (0, 0), sigma / mpp) for sigma in MIDDLE_UM)
     # The outermost pixels are blurred with mirrored ones, not with what lies beside the window.
