@@ -15,7 +15,7 @@ MIN_WIDTH_UM = 32.0
 MAX_WIDTH_UM = 160.0
 SURROUND_UM = 400.0
 MIN_LENGTH_UM = 200.0
-MIN_LIKENESS = 0.975
+MIN_LIKENESS = 0.99
 """Cosine between the absorption of a fold and of the tissue around it."""
 
 _COARSE = 4
@@ -57,7 +57,7 @@ def find_folds(absorbed: Floats, tissue: Bools, mpp: float) -> Bools:
     ratio = level / np.maximum(around.mean(axis=1), 1e-3)
     candidate = alike & (share > 0.1)
     strict, loose = np.zeros((2, *tissue.shape), np.bool_)
-    strict[rows, columns] = candidate & (ratio > 1.65) & (level > least)
+    strict[rows, columns] = candidate & (ratio > 1.7) & (level > least)
     loose[rows, columns] = candidate & (ratio > 1.4)
     width = max(2, round(MIN_WIDTH_UM / mpp))
     core = cv2.morphologyEx(
@@ -74,7 +74,7 @@ def find_folds(absorbed: Floats, tissue: Bools, mpp: float) -> Bools:
     broad = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((thick, thick), np.uint8))
     broad_px = np.bincount(labels[broad > 0], minlength=len(area))
     # A fold is a solid band, longer than wide; a scatter of dark cells or a round nest is not.
-    keep = (area >= MIN_FOLD_UM2 / mpp**2) & (held >= 0.4 * area) & (area < 0.45 * extent**2)
+    keep = (area >= MIN_FOLD_UM2 / mpp**2) & (held >= 0.5 * area) & (area < 0.35 * extent**2)
     keep &= (extent * mpp >= MIN_LENGTH_UM) & (broad_px < 0.2 * area)
     keep[0] = False
     return np.asarray(keep[labels])

@@ -27,12 +27,12 @@ MIN_MARK_UM2 = 12_000.0
 MIN_SURE_SHARE = 0.1
 """Least part of a mark that the strict rule accepts; dense tissue has it here and there."""
 
-MAX_UNEVEN = 0.45
+MAX_UNEVEN = 0.6
 MAX_GRAIN = 0.05
 """Mean difference from the pixels around, relative to the absorption; tissue has 0.05 and more."""
 
+MIN_SOLID_SHARE = 0.5
 MIN_DARKNESS_SHARE = 0.35
-LIKE_TISSUE_REACH_UM = 80.0
 SPREAD_UM = 16.0
 """How far the ink's blurred edge is counted with it."""
 
@@ -94,8 +94,8 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
             bare = key[(mean > 0.05) & ~loose & ~void]
             darkest = float(np.percentile(bare, 96)) if bare.size else 0.0
             across = ink.across(channels) & (key > max(1.1 * darkest, 0.4)) & ~void
-            if ink.like_tissue:
-                reach = 2 * round(LIKE_TISSUE_REACH_UM / mpp) + 1
+            if ink.reach_um is not None:
+                reach = 2 * round(ink.reach_um / mpp) + 1
                 near = cv2.dilate(strict.view(np.uint8), np.ones((reach, reach), np.uint8)) > 0
                 loose, across = loose & near, across & near
             wide = (strict | loose | across).view(np.uint8)
@@ -113,20 +113,25 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
 class _Ink:
     """Where one ink is certain, likely, and possible on tissue; the channel it takes most of.
 
-    `like_tissue`: dense tissue can have this colour, so that ink is not followed far.
+    `reach_um`: how far ink is followed where tissue can have its colour, None for any distance.
     """
 
     strict: Callable[[_Channels], Bools]
     loose: Callable[[_Channels], Bools]
     across: Callable[[_Channels], Bools]
     key: Callable[[_Channels], Floats]
-    like_tissue: bool = False
+    reach_um: float | None = None
 
 
 def _certain_green(c: _Channels) -> Bools:
     bare = (c.red > 1.6 * c.green) & (c.blue > 1.2 * c.green) & (c.red > 0.4)
     on_tissue = (c.red > 0.7) & (c.red > 1.1 * c.green) & (c.blue > 0.75 * c.green)
-    return bare | _smooth_parts(on_tissue, c.grain)
+    return bare | _even_parts(on_tissue, c.grain) | _solid_parts(on_tissue)
+
+
+def _certain_black(c: _Channels) -> Bools:
+    grey = c.least > 0.72 * c.most
+    return _even_parts(grey & (c.least > 0.7), c.grain) | _solid_parts(grey & (c.least > 0.95))
 
 
 _INKS = (
@@ -155,33 +160,49 @@ _INKS = (
         key=lambda c: c.red,
     ),
     _Ink(
-        strict=lambda c: (c.red > 0.6) & (c.red > 1.12 * c.green) & (c.blue < 0.25 * c.red),
+        strict=lambda c: (c.red > 0.6) & (c.red > 1.12 * c.green) & (c.blue < 0.28 * c.red),
         loose=lambda c: (c.red > 0.4) & (c.red > 0.95 * c.green) & (c.blue < 0.38 * c.red),
-        across=lambda c: (c.red > 0.75 * c.green) & (c.blue < 0.55 * c.red),
+        across=lambda c: (c.red > 0.75 * c.green) & (c.blue < 0.7 * c.red),
         key=lambda c: c.red,
+        reach_um=160.0,
     ),
     _Ink(
-        strict=lambda c: _smooth_parts((c.least > 0.7) & (c.least > 0.72 * c.most), c.grain),
+        strict=_certain_black,
         loose=lambda c: (c.least > 0.5) & (c.least > 0.65 * c.most),
         across=lambda c: c.least > 0.5 * c.most,
         key=lambda c: c.least,
-        like_tissue=True,
+        reach_um=80.0,
     ),
 )
 """Red, green, blue and black."""
 
 
-def _smooth_parts(mask: Bools, grain: Floats) -> Bools:
-    """Keep the components whose inside is even: ink flows, tissue has cells."""
+def _even_parts(mask: Bools, grain: Floats) -> Bools:
+    """Keep the components that are even inside: ink flows, tissue has cells."""
     bits = mask.view(np.uint8)
-    core = cv2.erode(bits, np.ones((3, 3), np.uint8))
-    if not cv2.countNonZero(core):
+    inner = cv2.erode(bits, np.ones((3, 3), np.uint8))
+    if not cv2.countNonZero(inner):
         return np.zeros_like(mask)
     count, labels = cv2.connectedComponents(bits, connectivity=4)
-    at = labels[core > 0]
-    number = np.bincount(at, minlength=count)
-    total = np.bincount(at, weights=grain[core > 0], minlength=count)
-    keep = (number >= 6) & (total < MAX_GRAIN * np.maximum(number, 1))
+    at = labels[inner > 0]
+    inner_px = np.bincount(at, minlength=count)
+    keep = np.bincount(at, weights=grain[inner > 0], minlength=count) < MAX_GRAIN * inner_px
+    keep &= inner_px >= 6
+    keep[0] = False
+    return np.asarray(keep[labels])
+
+
+def _solid_parts(mask: Bools) -> Bools:
+    """Keep the components that are broad and without gaps, as strokes across tissue are."""
+    bits = cv2.morphologyEx(mask.view(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    broad = cv2.erode(bits, np.ones((5, 5), np.uint8))
+    if not cv2.countNonZero(broad):
+        return np.zeros_like(mask)
+    inner = cv2.erode(bits, np.ones((3, 3), np.uint8))
+    count, labels = cv2.connectedComponents(bits, connectivity=4)
+    area = np.bincount(labels.ravel(), minlength=count)
+    keep = np.bincount(labels[inner > 0], minlength=count) > MIN_SOLID_SHARE * area
+    keep &= np.bincount(labels[broad > 0], minlength=count) >= 6
     keep[0] = False
     return np.asarray(keep[labels])
 
