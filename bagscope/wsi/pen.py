@@ -130,8 +130,9 @@ def _certain_green(c: _Channels) -> Bools:
 
 
 def _certain_black(c: _Channels) -> Bools:
-    grey = c.least > 0.72 * c.most
-    return _even_parts(grey & (c.least > 0.7), c.grain) | _solid_parts(grey & (c.least > 0.95))
+    even = _even_parts((c.least > 0.7) & (c.least > 0.72 * c.most), c.grain)
+    # Dense DAB over haematoxylin is nearly as grey, and solid too.
+    return even | _solid_parts((c.least > 0.95) & (c.least > 0.82 * c.most))
 
 
 _INKS = (
