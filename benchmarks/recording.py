@@ -91,7 +91,9 @@ def show(rows: Sequence[Row]) -> None:
         print(f"{row.case:<{width}}  {row.shown:>8} {row.unit}{target}")
 
 
-def record(benchmark: str, rows: Sequence[Row], *, packages: Sequence[str]) -> None:
+def record(
+    benchmark: str, rows: Sequence[Row], *, packages: Sequence[str], script: str | None = None
+) -> None:
     """Append the rows to results.csv and rewrite the table in the benchmark's page."""
     versions = "; ".join(
         [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
@@ -108,7 +110,7 @@ def record(benchmark: str, rows: Sequence[Row], *, packages: Sequence[str]) -> N
     lines = [
         f"# {benchmark}",
         "",
-        f"`python benchmarks/bench_{benchmark}.py --record`, {date}, commit {known[2]}.",
+        f"`python benchmarks/{script or f'bench_{benchmark}.py'} --record`, {date}, commit {known[2]}.",
         f"{known[0]}; {versions}.",
         "",
         "| case | value | unit | target | |",

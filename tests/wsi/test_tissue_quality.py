@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bagscope.wsi.tiling import TilingSpec
 from bagscope.wsi.tissue import TissueMap, segment_tissue
-from tests.wsi.random_overviews import random_scene
+from tests.wsi.random_overviews import Scene, random_scene
 
 SEEDS = range(70_000, 70_040)
 TILE_PX = 16
@@ -37,24 +37,22 @@ def shares(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
     return tiles.mean(axis=(1, 3))
 
 
+def judge(scene: Scene, got: TissueMap) -> Judged:
+    both = np.count_nonzero(got.tissue & scene.tissue)
+    either = np.count_nonzero(got.tissue | scene.tissue)
+    ink = shares(scene.pen)
+    return Judged(
+        iou=both / max(1, either),
+        inked=ink > 0.5,
+        clean=(shares(scene.tissue) > 0.5) & (ink == 0),
+        excluded=shares(got.pen) > TilingSpec().max_pen,
+    )
+
+
 @pytest.fixture(scope="module")
 def judged() -> list[Judged]:
-    found = []
-    for seed in SEEDS:
-        scene = random_scene(seed)
-        got = segment_tissue(scene.rgb, mpp=8.0)
-        both = np.count_nonzero(got.tissue & scene.tissue)
-        either = np.count_nonzero(got.tissue | scene.tissue)
-        ink = shares(scene.pen)
-        found.append(
-            Judged(
-                iou=both / max(1, either),
-                inked=ink > 0.5,
-                clean=(shares(scene.tissue) > 0.5) & (ink == 0),
-                excluded=shares(got.pen) > TilingSpec().max_pen,
-            )
-        )
-    return found
+    scenes = [random_scene(seed) for seed in SEEDS]
+    return [judge(scene, segment_tissue(scene.rgb, mpp=8.0)) for scene in scenes]
 
 
 def test_tissue_is_found_on_every_kind_of_slide(judged: list[Judged]) -> None:
