@@ -95,6 +95,7 @@ def record(
     benchmark: str, rows: Sequence[Row], *, packages: Sequence[str], script: str | None = None
 ) -> None:
     """Append the rows to results.csv and rewrite the table in the benchmark's page."""
+    script = script or f"bench_{benchmark}.py"
     versions = "; ".join(
         [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
     )
@@ -110,7 +111,7 @@ def record(
     lines = [
         f"# {benchmark}",
         "",
-        f"`python benchmarks/{script or f'bench_{benchmark}.py'} --record`, {date}, commit {known[2]}.",
+        f"`python benchmarks/{script} --record`, {date}, commit {known[2]}.",
         f"{known[0]}; {versions}.",
         "",
         "| case | value | unit | target | |",

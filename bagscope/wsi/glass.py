@@ -378,8 +378,8 @@ def _brightest_tint(
         for entry in found
         if entry[0] > heaviest[0] + (0.008 if entry[1] > 0.15 * heaviest[1] else 0.015)
     ]
-    tint: NDArray[np.float64] = max(brighter or [heaviest], key=lambda entry: entry[1])[2]
-    return tint
+    chosen: NDArray[np.float64] = max(brighter or [heaviest], key=lambda entry: entry[1])[2]
+    return chosen
 
 
 def _quadratic(
