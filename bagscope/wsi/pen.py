@@ -165,7 +165,7 @@ _INKS = (
         loose=lambda c: (c.red > 0.4) & (c.red > 0.95 * c.green) & (c.blue < 0.38 * c.red),
         across=lambda c: (c.red > 0.75 * c.green) & (c.blue < 0.7 * c.red),
         key=lambda c: c.red,
-        reach_um=160.0,
+        reach_um=320.0,
     ),
     _Ink(
         strict=_certain_black,
