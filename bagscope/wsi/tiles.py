@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PROBE_MPP = 1.0
 PROBE_PX = 64
-MAX_PROBES = 256
+MAX_PROBES = 144
 """Windows read to judge sharpness; larger slides share one probe among neighbouring tiles."""
 
 
