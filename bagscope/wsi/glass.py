@@ -299,7 +299,9 @@ def _fit_light(
     """
     height, width = flat.shape
     grey_floor = int(0.7 * glass_range[0])
-    rows, columns = np.nonzero(usable & (small.min(axis=2) >= max(1, grey_floor)))
+    red, green, blue = cv2.split(small)
+    least = cv2.min(cv2.min(red, green), blue)
+    rows, columns = np.nonzero(usable & (least >= max(1, grey_floor)))
     sparse = max(1, len(rows) // _FIT_BLOCKS)
     rows, columns = rows[::sparse], columns[::sparse]
     prior = np.where(flat[rows, columns], 1.0, 0.15)
@@ -322,7 +324,7 @@ def _fit_light(
             tint = _brightest_tint(tints, residual, prior, tint)
         below = np.minimum(residual, 0) / tolerance
         above = np.maximum(residual, 0) / max(3 * tolerance, 0.06)
-        off_tint = np.abs(tints - tint).max(axis=1) / max(0.5 * tolerance, 0.012)
+        off_tint = _tint_distance(tints, tint) / max(0.5 * tolerance, 0.012)
         weight = prior * np.exp(-(below**2) - above**2 - off_tint**2)
         weight *= np.where(residual > 0, 3.0, 1.0)
         total = weight.sum()
@@ -332,10 +334,9 @@ def _fit_light(
         weighted = design * weight[:, None]
         coefficients = np.linalg.solve(design.T @ weighted + pull, weighted.T @ level)
         fitted = design @ coefficients
-    yy, xx = np.mgrid[:height, :width]
-    surface = (_quadratic(yy.ravel(), xx.ravel(), (height, width)) @ coefficients).reshape(
-        height, width
-    )
+    y, x = _centred(np.arange(height), height)[:, None], _centred(np.arange(width), width)
+    c = coefficients
+    surface = (c[0] + c[2] * y + c[4] * y * y) + (c[1] + c[3] * x + c[5] * y) * x
     top = float(surface[usable].max())
     # Extrapolated light stays within what was seen on glass.
     falloff = np.clip(top - surface, 0, 0.5).astype(np.float32)
@@ -355,7 +356,7 @@ def _brightest_tint(
     Faint tissue may cover more blocks than glass does, but it is darker.
     """
     step = 0.004
-    near = (np.abs(tints - current).max(axis=1) < 0.12) & (np.abs(residual) < 0.08)
+    near = (_tint_distance(tints, current) < 0.12) & (np.abs(residual) < 0.08)
     if np.count_nonzero(near) < 10:
         return current
     cells = np.rint((tints[near] - current) / step).astype(np.int64) + 32
@@ -365,7 +366,7 @@ def _brightest_tint(
     found = []
     for cell in np.argwhere(peaks):
         tint = current + (cell - 32) * step
-        own = near & (np.abs(tints - tint).max(axis=1) < 0.008)
+        own = near & (_tint_distance(tints, tint) < 0.008)
         if own.sum() >= 5:
             light = float(np.percentile(residual[own], 60))
             found.append((light, float(density[tuple(cell)]), np.median(tints[own], axis=0)))
@@ -382,10 +383,20 @@ def _brightest_tint(
     return chosen
 
 
+def _tint_distance(tints: NDArray[np.float64], tint: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the larger of both differences for each of `tints` (N, 2)."""
+    apart = np.abs(tints - tint)
+    return np.asarray(np.maximum(apart[:, 0], apart[:, 1]), np.float64)
+
+
 def _quadratic(
     rows: NDArray[np.intp], columns: NDArray[np.intp], shape: tuple[int, int]
 ) -> NDArray[np.float64]:
-    y = (rows + 0.5) / shape[0] * 2 - 1
-    x = (columns + 0.5) / shape[1] * 2 - 1
+    y, x = _centred(rows, shape[0]), _centred(columns, shape[1])
     terms = [np.ones_like(x), x, y, x * x, y * y, x * y]
     return np.asarray(np.stack(terms, axis=1), np.float64)
+
+
+def _centred(index: NDArray[np.intp], length: int) -> NDArray[np.float64]:
+    """Return the centres of pixels on an axis that runs from -1 to 1."""
+    return np.asarray((index + 0.5) / length * 2 - 1, np.float64)

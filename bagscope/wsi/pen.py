@@ -200,8 +200,8 @@ def _solid_parts(mask: Bools) -> Bools:
     if not cv2.countNonZero(broad):
         return np.zeros_like(mask)
     inner = cv2.erode(bits, np.ones((3, 3), np.uint8))
-    count, labels = cv2.connectedComponents(bits, connectivity=4)
-    area = np.bincount(labels.ravel(), minlength=count)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(bits, connectivity=4)
+    area = stats[:, cv2.CC_STAT_AREA]
     keep = np.bincount(labels[inner > 0], minlength=count) > MIN_SOLID_SHARE * area
     keep &= np.bincount(labels[broad > 0], minlength=count) >= 6
     keep[0] = False
@@ -218,9 +218,14 @@ def _marks(
     """
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     area = stats[:, cv2.CC_STAT_AREA]
-    sure = np.bincount(labels[core > 0], minlength=len(area))
-    amount = np.bincount(labels[core > 0], weights=mean[core > 0], minlength=len(area))
+    at = labels[core > 0]
+    sure = np.bincount(at, minlength=len(area))
+    amount = np.bincount(at, weights=mean[core > 0], minlength=len(area))
     keep = (area >= least_px) & (sure >= MIN_SURE_SHARE * area)
     keep[0] = False
     least = np.where(keep, MIN_DARKNESS_SHARE * amount / np.maximum(sure, 1), np.inf)
-    return np.asarray(mean > least.astype(np.float32)[labels], np.uint8)
+    marks = np.zeros(mask.shape, np.uint8)
+    inside = np.flatnonzero(mask)
+    own = least.astype(np.float32)[labels.ravel()[inside]]
+    marks.ravel()[inside[mean.ravel()[inside] > own]] = 1
+    return marks

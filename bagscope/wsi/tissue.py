@@ -120,10 +120,14 @@ def _halos(tissue: Bools, pen: Bools) -> Bools:
     bits = tissue.view(np.uint8)
     beside = cv2.dilate(pen.view(np.uint8), np.ones((31, 31), np.uint8)) > 0
     solid = cv2.morphologyEx(bits, cv2.MORPH_OPEN, np.ones((11, 11), np.uint8)) > 0
+    doubtful = np.flatnonzero(tissue & beside & ~solid)
     count, labels = cv2.connectedComponents(bits, connectivity=4)
-    beyond = np.bincount(labels[solid | ~beside], minlength=count)
+    owner = labels.ravel()[doubtful]
     area = np.bincount(labels.ravel(), minlength=count)
-    return np.asarray((beyond < 0.3 * area)[labels] & tissue & beside & ~solid)
+    beyond = area - np.bincount(owner, minlength=len(area))
+    halos = np.zeros(tissue.shape, np.bool_)
+    halos.ravel()[doubtful[(beyond < 0.3 * area)[owner]]] = True
+    return halos
 
 
 def _to_whole_blocks(image: NDArray[Any]) -> NDArray[np.uint8]:
@@ -167,7 +171,10 @@ def _segment(
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
     pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     for _ in range(2):  # the second time for parts that border on the first
-        coarse |= untinted_parts(dim, coarse, dark, away, MAX_GAP_UM2 / (2 * mpp) ** 2)
+        further = untinted_parts(dim, coarse, dark, away, MAX_GAP_UM2 / (2 * mpp) ** 2)
+        if not further.any():
+            break
+        coarse |= further
     coarse |= _closed(coarse & (cut <= FAINT_CUT), 2 * mpp) & ~away
     near = cv2.dilate(coarse.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     near &= stained | (half_void & ~bare_void)
@@ -215,7 +222,8 @@ def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Boo
     small = cv2.resize(soft, size, interpolation=cv2.INTER_AREA) * np.float32(level)
     small = _as_floats(cv2.GaussianBlur(small, (0, 0), 1.0))
     small_away = _nearest(away, size)
-    mean = small.mean(axis=2)
+    red, green, blue = cv2.split(small)
+    mean = (red + green + blue) / np.float32(3)
     clear = ~small_away & (np.abs(mean) < 1.2)
     if np.count_nonzero(clear) < 0.02 * clear.size:
         clear = ~small_away & (np.abs(mean) < 4)
@@ -223,7 +231,9 @@ def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Boo
     if np.count_nonzero(clear) > 30:
         offsets = small[clear] - mean[clear][:, None]
         base = np.median(offsets, axis=0)
-        noise = float(np.median(np.ptp(offsets - base, axis=1)))
+        first, second, third = (offsets - base).T
+        most = np.maximum(np.maximum(first, second), third)
+        noise = float(np.median(most - np.minimum(np.minimum(first, second), third)))
     small -= base
     red, green, blue = cv2.split(small)
     tint = cv2.max(cv2.max(red, green), blue) - cv2.min(cv2.min(red, green), blue)
@@ -231,8 +241,8 @@ def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Boo
     seeds = (tint > least) & (tint > 0.2 * mean) & (mean > 1.2)
     seeds |= mean > 80
     seeds &= ~small_away
-    seeds = cv2.morphologyEx(seeds.view(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
-    near = cv2.dilate(seeds, np.ones((3, 3), np.uint8))
+    sure = cv2.morphologyEx(seeds.view(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+    near = cv2.dilate(sure, np.ones((3, 3), np.uint8))
     full = (dark.shape[1], dark.shape[0])
     wide = _as_floats(cv2.resize(tint, full, interpolation=cv2.INTER_NEAREST))
     return _nearest(near > 0, full) & ~away, wide
