@@ -23,6 +23,10 @@ FAINT_TISSUE = 20.0
 LEAST_CUT = 2.0
 """Darkness below which nothing is tissue."""
 
+MAX_OUTSIDE_SHARE = 0.6
+"""Darkness just outside the border, relative to the middle, that only shade has."""
+
+
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
@@ -38,7 +42,7 @@ def without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
         tint: (H, W) float32, largest difference between channels in grey levels.
         away: (H, W) bool, ink and padding, which say nothing.
     """
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
     area = stats[:, cv2.CC_STAT_AREA].astype(np.float64)
     at = labels[mask]
     darkness = np.bincount(at, weights=dark[mask], minlength=count) / np.maximum(area, 1)
@@ -47,16 +51,18 @@ def without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
     doubtful[0] = False
     if not doubtful.any():
         return mask
-    # Labels grown outwards; where two components meet, the later one has the ring between them.
-    grown = cv2.dilate(labels.astype(np.float32), np.ones((7, 7), np.uint8)).astype(np.int32)
-    beside = cv2.dilate((mask | away).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    ring = ~beside & (grown > 0) & doubtful[grown]
-    around = grown[ring]
-    shaded = dark[ring] > 0.5 * darkness[around]
-    ring_px = np.maximum(np.bincount(around, minlength=count), 1)
-    soft = np.bincount(around, weights=shaded, minlength=count) / ring_px
-    usual = median_where(dark, mask)
-    return np.asarray(mask & ~(doubtful & ((soft > 0.5) | (darkness < 0.15 * usual)))[labels])
+    found = _borders(np.asarray(doubtful[labels] & mask).view(np.uint8), ~(mask | away), dark)
+    beside = ~cv2.dilate((mask | away).view(np.uint8), np.ones((3, 3), np.uint8)).astype(np.bool_)
+    ring = beside & (found.grown > 0)
+    around = found.grown[ring]
+    shaded = dark[ring] > 0.5 * found.middle[around]
+    ring_px = np.maximum(np.bincount(around, minlength=len(found.middle)), 1)
+    soft = np.bincount(around, weights=shaded, minlength=len(found.middle)) / ring_px
+    faint = found.middle < 0.15 * median_where(dark, mask)
+    fades = (found.outside > MAX_OUTSIDE_SHARE * found.middle) & (found.outside_px >= 8)
+    drop = (soft > 0.5) | faint | fades
+    drop[0] = False
+    return np.asarray(mask & ~drop[found.labels])
 
 
 @dataclass(frozen=True, slots=True)

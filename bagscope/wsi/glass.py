@@ -25,6 +25,7 @@ _PAD_RANGE = 2
 _PAD_NEUTRAL = 4
 _PAD_DARK = 45
 _PAD_STRAIGHT = 0.6
+_PAD_BORDER = 0.03
 _PALE_DROP = 60
 _LEAST_SHARE = 0.005
 _FIT_BLOCKS = 20_000
@@ -131,10 +132,14 @@ def _levels(
         inside = flat & (grey >= low) & (grey <= high)
         colour = np.median(small[inside], axis=0)
         spike = exact_count[low : high + 1].max() >= 0.7 * flat_count[low : high + 1].sum()
-        is_pad = high < _PAD_DARK or (spike and np.ptp(colour) <= _PAD_NEUTRAL)
+        alike = (grey >= low) & (grey <= high)
+        if high < _PAD_DARK:
+            is_pad = _border_share(alike) > _PAD_BORDER or _straightness(alike) > _PAD_STRAIGHT
+        else:
+            is_pad = bool(spike and np.ptp(colour) <= _PAD_NEUTRAL)
         clusters.append((low, high, colour, bool(is_pad)))
         # Padding ends in straight lines along the axes, glass does so nowhere.
-        if is_pad and _straightness((grey >= low) & (grey <= high)) > _PAD_STRAIGHT:
+        if is_pad and _straightness(alike) > _PAD_STRAIGHT:
             certain.add(low)
     pads = [(low, high) for low, high, _, is_pad in clusters if is_pad]
     # Glass is near neutral; a flat pink or brown area is tissue.
@@ -151,6 +156,12 @@ def _levels(
         glass = max(above, key=lambda c: c[1])[:2]
         return _Levels([pad for pad in pads if pad != glass], glass, None)
     return _Levels(pads, own[:2], None)
+
+
+def _border_share(mask: Bools) -> float:
+    """Return which share of the picture's outermost blocks is in a mask."""
+    outermost = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    return float(outermost.mean())
 
 
 def _straightness(mask: Bools) -> float:

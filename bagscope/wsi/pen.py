@@ -97,7 +97,7 @@ def find_pen(absorbed: Floats, void: Bools, mpp: float) -> Bools:
             if ink.reach_um is not None:
                 reach = 2 * round(ink.reach_um / mpp) + 1
                 near = cv2.dilate(strict.view(np.uint8), np.ones((reach, reach), np.uint8)) > 0
-                loose, across = loose & near, across & near
+                loose &= near
             wide = (strict | loose | across).view(np.uint8)
             wide = cv2.morphologyEx(wide, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
             pen |= _marks(wide, cv2.dilate(core, thick), mean, MIN_MARK_UM2 / mpp**2)

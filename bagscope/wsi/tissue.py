@@ -43,6 +43,10 @@ MAX_GAP_UM2 = 200_000.0
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
 
+LEAST_TINT = 2.0
+MIN_TINT_SHARE = 0.25
+"""Least difference of channels, in grey levels and relative to the darkness, that is stain."""
+
 FAINT_CUT = 6.0
 """Borders of fainter tissue are drawn from a smoothed image: noise would fray them."""
 
@@ -237,8 +241,8 @@ def _stained(soft: Floats, dark: Floats, away: Bools, level: float) -> tuple[Boo
     small -= base
     red, green, blue = cv2.split(small)
     tint = cv2.max(cv2.max(red, green), blue) - cv2.min(cv2.min(red, green), blue)
-    least = max(1.2, 2.2 * noise)
-    seeds = (tint > least) & (tint > 0.2 * mean) & (mean > 1.2)
+    least = max(LEAST_TINT, 2.2 * noise)
+    seeds = (tint > least) & (tint > MIN_TINT_SHARE * mean) & (mean > 1.2)
     seeds |= mean > 80
     seeds &= ~small_away
     sure = cv2.morphologyEx(seeds.view(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
