@@ -1,6 +1,6 @@
 """Tissue, pen and fold masks against the truth of random overviews.
 
-    python benchmarks/tissue_quality.py [--record] [--first 70000] [--count 40]
+    python benchmarks/tissue_quality.py [--record] [--first 30000] [--count 40]
 
 The generator draws stain, brightness, JPEG quality, light, backgrounds, faint tissue, ink, shadows,
 folds, bubbles and dust. Seeds that the segmenter was tuned on prove nothing: take fresh ones.
@@ -28,7 +28,7 @@ def main() -> None:
     """Judge, compare with the targets, record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", action="store_true", help="append to results.csv")
-    parser.add_argument("--first", type=int, default=70_000)
+    parser.add_argument("--first", type=int, default=30_000)
     parser.add_argument("--count", type=int, default=40)
     arguments = parser.parse_args()
     ious: dict[str, list[float]] = defaultdict(list)
