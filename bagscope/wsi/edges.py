@@ -23,6 +23,9 @@ FAINT_TISSUE = 20.0
 LEAST_CUT = 2.0
 """Darkness below which nothing is tissue."""
 
+MIN_RIM_SHARE = 0.7
+"""Darkness just inside the border, relative to the middle, that only shade stays below."""
+
 MAX_OUTSIDE_SHARE = 0.6
 """Darkness just outside the border, relative to the middle, that only shade has."""
 
@@ -31,13 +34,14 @@ Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
 
-def without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
+def without_soft(mask: Bools, dim: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
     """Drop faint components without a border: shade whose tint is an artefact of compression.
 
     Tissue stops within a pixel or two; around a shadow it is as dark as just inside it.
 
     Args:
         mask: (H, W) bool, tinted places, at about 16 µm per pixel as in all of this module.
+        dim: (H, W) bool, places dark enough for tissue, tinted or not.
         dark: (H, W) float32, darkness in grey levels.
         tint: (H, W) float32, largest difference between channels in grey levels.
         away: (H, W) bool, ink and padding, which say nothing.
@@ -59,10 +63,22 @@ def without_soft(mask: Bools, dark: Floats, tint: Floats, away: Bools) -> Bools:
     ring_px = np.maximum(np.bincount(around, minlength=len(found.middle)), 1)
     soft = np.bincount(around, weights=shaded, minlength=len(found.middle)) / ring_px
     faint = found.middle < 0.15 * median_where(dark, mask)
+    # A step of the chroma over a trace of uneven light.
+    tinted_there = np.bincount(found.labels.ravel(), weights=(tint * mask).ravel())
+    area_px = np.maximum(np.bincount(found.labels.ravel()), 1)
+    faint |= (found.middle < 3.5) & (tinted_there < 3 * area_px)
     fades = (found.outside > MAX_OUTSIDE_SHARE * found.middle) & (found.outside_px >= 8)
-    drop = (soft > 0.5) | faint | fades
-    drop[0] = False
-    return np.asarray(mask & ~drop[found.labels])
+    drop = ((soft > 0.5) | fades)[found.labels] & _fading(dim, dark, away)
+    faint[0] = False
+    return np.asarray(mask & ~drop & ~faint[found.labels])
+
+
+def _fading(dim: Bools, dark: Floats, away: Bools) -> Bools:
+    """Return the components of `dim` that are much darker in the middle than at their border."""
+    parts = cv2.morphologyEx(dim.view(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    found = _borders(parts, ~(dim | away), dark)
+    fading = (found.inside < MIN_RIM_SHARE * found.middle) | (found.inside_px < 8)
+    return np.asarray(fading[found.labels] | (parts == 0))
 
 
 @dataclass(frozen=True, slots=True)

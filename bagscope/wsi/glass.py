@@ -127,11 +127,14 @@ def _levels(
     flat_count = np.bincount(grey[flat], minlength=256)
     clusters: list[tuple[int, int, NDArray[np.float64], bool]] = []
     certain: set[int] = set()
+    free = flat.copy()
     framed = _framed_levels(grey, exact, exact_count, least)
     for low, high in _runs(flat_count, exact_count, framed, least):
-        inside = flat & (grey >= low) & (grey <= high)
+        inside = free & (grey >= low) & (grey <= high)
         colour = np.median(small[inside], axis=0)
-        spike = exact_count[low : high + 1].max() >= 0.7 * flat_count[low : high + 1].sum()
+        spike = exact_count[low : high + 1].max() >= 0.7 * np.count_nonzero(inside)
+        # A spike inside a wider range came first, and is no part of it.
+        free, exact_count[low : high + 1] = free & ~inside, 0
         alike = (grey >= low) & (grey <= high)
         if high < _PAD_DARK:
             is_pad = _border_share(alike) > _PAD_BORDER or _straightness(alike) > _PAD_STRAIGHT
@@ -198,11 +201,13 @@ def _runs(
     a few levels from the glass is still told from it.
     """
     count = count.copy()
+    total = count.sum()
     runs = []
     for level in np.argsort(exact)[::-1][:4]:
         near = count[max(0, level - 1) : level + 2].sum()
         skirt = count[max(0, level - 4) : level + 5].sum() - near
-        lone = exact[level] > 0.7 * near and skirt < 0.3 * near
+        vast = exact[level] > 0.25 * total
+        lone = exact[level] > 0.7 * near and (skirt < 0.3 * near or vast)
         if exact[level] >= 4 * least and (lone or int(level) in framed):
             runs.append((max(0, int(level) - 1), min(255, int(level) + 1)))
             count[max(0, level - 1) : level + 2] = 0

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bagscope.wsi.edges import (
     FAINT_TISSUE,
     LEAST_CUT,
+    SURE_TINT,
     edged_components,
     median_where,
     untinted_parts,
@@ -42,6 +43,10 @@ MAX_GAP_UM2 = 200_000.0
 
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
+
+LEAST_CUT_SHARE = 0.1
+MAX_LEAST_CUT = 8.0
+"""Least darkness of tissue, relative to the typical on the slide, up to this many grey levels."""
 
 LEAST_TINT = 2.0
 MIN_TINT_SHARE = 0.25
@@ -166,10 +171,13 @@ def _segment(
     dark = _as_floats(cv2.transform(soft, np.full((1, 3), level / 3, np.float32)))
     stained, tint = _stained(soft, dark, away, level)
     usual, cut = _border_levels(dark, stained, level)
+    # Beside well stained tissue, what is next to nothing is nothing.
+    typical = median_where(dark, stained & (tint > SURE_TINT))
+    cut = np.maximum(cut, min(LEAST_CUT_SHARE * typical, MAX_LEAST_CUT))
     dim = (dark > cut) & ~away
     faint = median_where(dark, stained & dim) < FAINT_TISSUE
     whole = edged_components(dark, stained, dim, away) if faint else np.zeros_like(dim)
-    coarse = whole | without_soft(stained & dim & ~whole, dark, tint, away | whole)
+    coarse = whole | without_soft(stained & dim & ~whole, dim & ~whole, dark, tint, away | whole)
     # Pale or neutral parts amid tissue: below the cut or without a tint, but not in the blur
     # along a border.
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
