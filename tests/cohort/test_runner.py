@@ -50,7 +50,7 @@ def test_every_bad_end_fails_its_own_slide_and_no_other(run, tmp_path, listener)
     for name, (payload, _, _) in bad.items():
         payloads[name] = payload
         payloads[f"good-beside-{name}"] = "ok"
-    report = run(payloads, timeout_s=2, memory_limit_mib=250)
+    report = run(payloads, timeout_s=6, memory_limit_mib=250)
 
     assert report.exit_code == 1
     assert report.counts == {"done": len(bad), "skipped": 0, "failed": len(bad)}

@@ -77,7 +77,7 @@ def test_bad_ends_fail_alone_and_take_no_dask_worker_with_them(cluster, tmp_path
     before = pids(cluster)
     payloads = {"aborts": "abort", "hangs": "hang", "swells": ("swell", 800), "raises": "raise"}
     payloads |= {f"good{i}": "ok" for i in range(6)}
-    report = run(cluster, tmp_path, payloads, timeout_s=2, memory_limit_mib=250)
+    report = run(cluster, tmp_path, payloads, timeout_s=10, memory_limit_mib=250)
     assert {f.slide_id: f.error_class for f in report.failures} == {
         "aborts": "WorkerDied",
         "hangs": "WorkerTimeout",
