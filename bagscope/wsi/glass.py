@@ -152,11 +152,12 @@ def _levels(
     if own is None:
         fallback = max(even, key=lambda c: c[1])[:2] if even else None
         return _Levels(pads, None, fallback)
-    # Beside brighter padding, the next flat level is glass only if it has no tint of its own;
-    # otherwise what looked like padding is perfectly even glass, and this is pale tissue.
+    # Even glass of one exact colour looks like padding. What is flat beside it and darker is glass
+    # itself only if it is no more tinted than shade is; otherwise it is pale tissue.
     above = [c for c in even if own[1] < c[0] <= own[1] + _PALE_DROP]
-    if above and min(np.ptp(c[2] - own[2]) for c in above) > 10:
-        glass = max(above, key=lambda c: c[1])[:2]
+    tinted = [c for c in above if _is_tinted(own[2], beside=c[2])]
+    if tinted:
+        glass = max(tinted, key=lambda c: c[1])[:2]
         return _Levels([pad for pad in pads if pad != glass], glass, None)
     return _Levels(pads, own[:2], None)
 
@@ -177,6 +178,13 @@ def _straightness(mask: Bools) -> float:
             long = cv2.morphologyEx(steps, cv2.MORPH_OPEN, np.ones((1, 6), np.uint8))
             straight += int(long.sum())
     return straight / max(1, total)
+
+
+def _is_tinted(colour: NDArray[np.float64], *, beside: NDArray[np.float64]) -> bool:
+    drop = beside - colour
+    # Saturated white is what scanners fill in, seldom what they see.
+    tolerance = 10.0 if beside.min() >= 254 else max(3.0, 0.3 * drop.mean())
+    return bool(np.ptp(drop) > tolerance)
 
 
 def _framed_levels(
@@ -207,7 +215,11 @@ def _runs(
         near = count[max(0, level - 1) : level + 2].sum()
         skirt = count[max(0, level - 4) : level + 5].sum() - near
         vast = exact[level] > 0.25 * total
+        # Glass that JPEG has rounded stands in several exact levels, padding in one.
+        others = exact[max(0, level - 12) : level + 13].sum()
+        others -= exact[max(0, level - 1) : level + 2].sum()
         lone = exact[level] > 0.7 * near and (skirt < 0.3 * near or vast)
+        lone &= bool(others < 0.05 * exact[level])
         if exact[level] >= 4 * least and (lone or int(level) in framed):
             runs.append((max(0, int(level) - 1), min(255, int(level) + 1)))
             count[max(0, level - 1) : level + 2] = 0
