@@ -65,7 +65,7 @@ def test_every_bad_end_fails_its_own_slide_and_no_other(run, tmp_path, listener)
     assert "ZeroDivisionError" in statuses["surprises"].traceback
     assert statuses["raises"].traceback == ""
     assert {f.slide_id for f in report.failures} == bad.keys()
-    assert 1.9 < statuses["hangs"].seconds < 4
+    assert 5.9 < statuses["hangs"].seconds < 9
     assert leftovers(tmp_path) == []
     assert not [c for c in psutil.Process().children(recursive=True) if "swell" in c.name()]
 
