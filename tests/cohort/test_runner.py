@@ -34,7 +34,7 @@ def test_every_bad_end_fails_its_own_slide_and_no_other(run, tmp_path, listener)
     bad = {
         "raises": ("raise", "SpacingError", "no pixel size; pass --mpp"),
         "surprises": ("surprise", "ZeroDivisionError", "division by zero"),
-        "hangs": ("hang", "WorkerTimeout", "longer than the 2 s"),
+        "hangs": ("hang", "WorkerTimeout", "longer than the 6 s"),
         "aborts": ("abort", "WorkerDied", "SIGABRT"),
         "segfaults": ("segfault", "WorkerDied", "SIGSEGV"),
         "is-killed": ("kill", "WorkerDied", "SIGKILL"),
