@@ -159,11 +159,19 @@ def edged_components(dark: Floats, stained: Bools, dim: Bools, away: Bools) -> B
     return edged
 
 
-def untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools, most_px: float) -> Bools:
+def untinted_parts(
+    dim: Bools,
+    sure: Bools,
+    dark: Floats,
+    away: Bools,
+    *,
+    most_px: float,
+    only_gaps: bool,
+) -> Bools:
     """Return the parts of `dim` beside sure tissue that end in an edge, as shade does not.
 
     Mixed stains can be grey, and coarse chroma can lose a faint tint. All masks are (H, W); a gap
-    that shows no edge counts up to `most_px` pixels.
+    that shows no edge counts up to `most_px` pixels, and `only_gaps` leaves the others out.
     """
     parts = cv2.morphologyEx(
         (dim & ~sure).view(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)
@@ -172,8 +180,10 @@ def untinted_parts(dim: Bools, sure: Bools, dark: Floats, away: Bools, most_px: 
         return parts > 0
     found = _borders(parts, ~(dim | sure | away), dark)
     touching_px = np.bincount(found.grown[sure], minlength=len(found.area_px))
-    keep = found.edged(0.8, 0.35) & (touching_px > 0.5 * found.outside_px)
-    keep |= found.edged(0.85, 0.25) & (touching_px > 0.15 * found.outside_px)
+    keep = np.zeros(len(touching_px), np.bool_)
+    if not only_gaps:
+        keep |= found.edged(0.8, 0.35) & (touching_px > 0.5 * found.outside_px)
+        keep |= found.edged(0.85, 0.25) & (touching_px > 0.15 * found.outside_px)
     # Without an edge to judge, only gaps amid tissue.
     keep |= (found.outside_px < 0.25 * touching_px) & (found.area_px < most_px)
     # Shade is faint beside well stained tissue, and nothing else can be told apart there.

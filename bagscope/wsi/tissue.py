@@ -44,6 +44,7 @@ MAX_GAP_UM2 = 200_000.0
 CUT_SHARE = 0.5
 """Share of the local tissue's darkness at which its border is drawn."""
 
+PLAIN_TINT_SHARE = 0.6
 LEAST_CUT_SHARE = 0.1
 MAX_LEAST_CUT = 8.0
 """Least darkness of tissue, relative to the typical on the slide, up to this many grey levels."""
@@ -121,14 +122,16 @@ def segment_tissue(
     )
 
 
-def _halos(tissue: Bools, pen: Bools) -> Bools:
+def _halos(tissue: Bools, pen: Bools, *, faint: bool) -> Bools:
     """Return what was taken for tissue only because coarse chroma spreads the colour of ink.
 
-    Beside ink, tissue is more than a rim, or goes on farther away.
+    Beside ink, tissue is more than a rim, or, unless it is faint, goes on farther away.
     """
     bits = tissue.view(np.uint8)
     beside = cv2.dilate(pen.view(np.uint8), np.ones((31, 31), np.uint8)) > 0
     solid = cv2.morphologyEx(bits, cv2.MORPH_OPEN, np.ones((11, 11), np.uint8)) > 0
+    if faint:
+        return beside & ~solid
     doubtful = np.flatnonzero(tissue & beside & ~solid)
     count, labels = cv2.connectedComponents(bits, connectivity=4)
     owner = labels.ravel()[doubtful]
@@ -175,15 +178,22 @@ def _segment(
     typical = median_where(dark, stained & (tint > SURE_TINT))
     cut = np.maximum(cut, min(LEAST_CUT_SHARE * typical, MAX_LEAST_CUT))
     dim = (dark > cut) & ~away
-    faint = median_where(dark, stained & dim) < FAINT_TISSUE
-    whole = edged_components(dark, stained, dim, away) if faint else np.zeros_like(dim)
+    found = stained & dim
+    typical = median_where(dark, found)
+    # Where stain is plain to see, what shows none is shade, however sharp its edge.
+    plain = median_where(tint, found) > PLAIN_TINT_SHARE * typical
+    whole = np.zeros_like(dim)
+    if typical < FAINT_TISSUE and not plain:
+        whole = edged_components(dark, stained, dim, away)
     coarse = whole | without_soft(stained & dim & ~whole, dim & ~whole, dark, tint, away | whole)
     # Pale or neutral parts amid tissue: below the cut or without a tint, but not in the blur
     # along a border.
     pale = ~away & (dark > np.clip(0.12 * usual, 2.0, 8.0))
     pale = cv2.erode(pale.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
     for _ in range(2):  # the second time for parts that border on the first
-        further = untinted_parts(dim, coarse, dark, away, MAX_GAP_UM2 / (2 * mpp) ** 2)
+        further = untinted_parts(
+            dim, coarse, dark, away, most_px=MAX_GAP_UM2 / (2 * mpp) ** 2, only_gaps=plain
+        )
         if not further.any():
             break
         coarse |= further
@@ -195,7 +205,7 @@ def _segment(
     full_pen = _enlarged(pen, full)
     tissue &= ~void & ~full_pen
     if pen.any():
-        tissue &= ~_halos(tissue, full_pen)
+        tissue &= ~_halos(tissue, full_pen, faint=typical < FAINT_TISSUE)
     tissue = _cleaned(tissue, mpp) & ~void & ~full_pen
     fold = find_folds(absorbed, _nearest(tissue, half) & ~pen, 2 * mpp)
     return tissue, full_pen & ~void, _enlarged(fold, full) & tissue
