@@ -55,22 +55,28 @@ def without_soft(mask: Bools, dim: Bools, dark: Floats, tint: Floats, away: Bool
     doubtful[0] = False
     if not doubtful.any():
         return mask
-    found = _borders(np.asarray(doubtful[labels] & mask).view(np.uint8), ~(mask | away), dark)
-    beside = ~cv2.dilate((mask | away).view(np.uint8), np.ones((3, 3), np.uint8)).astype(np.bool_)
+    suspect = np.asarray(doubtful[labels])
+    found = _borders(suspect.view(np.uint8), ~(mask | away), dark)
+    count = len(found.middle)
+    beside = cv2.dilate((mask | away).view(np.uint8), np.ones((3, 3), np.uint8)) == 0
     ring = beside & (found.grown > 0)
     around = found.grown[ring]
     shaded = dark[ring] > 0.5 * found.middle[around]
-    ring_px = np.maximum(np.bincount(around, minlength=len(found.middle)), 1)
-    soft = np.bincount(around, weights=shaded, minlength=len(found.middle)) / ring_px
-    faint = found.middle < 0.15 * median_where(dark, mask)
+    ring_px = np.maximum(np.bincount(around, minlength=count), 1)
+    soft = np.bincount(around, weights=shaded, minlength=count) / ring_px
+    soft_edged = soft > 0.5
+    soft_edged |= (found.outside > MAX_OUTSIDE_SHARE * found.middle) & (found.outside_px >= 8)
+    trace = found.middle < 0.15 * median_where(dark, mask)
     # A step of the chroma over a trace of uneven light.
-    tinted_there = np.bincount(found.labels.ravel(), weights=(tint * mask).ravel())
-    area_px = np.maximum(np.bincount(found.labels.ravel()), 1)
-    faint |= (found.middle < 3.5) & (tinted_there < 3 * area_px)
-    fades = (found.outside > MAX_OUTSIDE_SHARE * found.middle) & (found.outside_px >= 8)
-    drop = ((soft > 0.5) | fades)[found.labels] & _fading(dim, dark, away)
-    faint[0] = False
-    return np.asarray(mask & ~drop & ~faint[found.labels])
+    owner = found.labels[suspect]
+    area_px = np.maximum(np.bincount(owner, minlength=count), 1)
+    tint_sum = np.bincount(owner, weights=tint[suspect], minlength=count)
+    trace |= (found.middle < 3.5) & (tint_sum < 3 * area_px)
+    trace[0] = soft_edged[0] = False
+    kept = mask & ~trace[found.labels]
+    if soft_edged.any():
+        kept &= ~(soft_edged[found.labels] & _fading(dim, dark, away))
+    return np.asarray(kept)
 
 
 def _fading(dim: Bools, dark: Floats, away: Bools) -> Bools:
