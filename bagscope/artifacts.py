@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import secrets
@@ -110,6 +111,61 @@ def sha256_of_file(path: Path) -> str:
         while chunk := handle.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# --- seals ----------------------------------------------------------------------------------
+
+SEAL_BLANK = "0" * 64
+"""What a file states as its own hash until it is sealed."""
+
+
+def seal_file(path: Path) -> str:
+    """Replace the one `SEAL_BLANK` in a file by the hash of the file as it is; return the hash.
+
+    So a file can carry a hash of all its bytes: those of the seal itself count as zeros.
+
+    Raises:
+        ArtifactError: the file holds no blank seal, or several.
+    """
+    places = _places_of(path, SEAL_BLANK.encode())
+    if len(places) != 1:
+        raise ArtifactError(f"{path}: holds {len(places)} blank seals, expected one")
+    digest = sha256_of_file(path)
+    with path.open("r+b") as handle:
+        handle.seek(places[0])
+        handle.write(digest.encode())
+    return digest
+
+
+def seal_holds(path: Path, stated: str) -> bool:
+    """Return whether a file still is what it was when it was sealed with the hash `stated`."""
+    places = _places_of(path, stated.encode()) if len(stated) == len(SEAL_BLANK) else []
+    if len(places) != 1:
+        return False
+    digest = hashlib.sha256()
+    begin, end = places[0], places[0] + len(SEAL_BLANK)
+    with path.open("rb") as handle:
+        position = 0
+        while chunk := handle.read(_HASH_CHUNK_BYTES):
+            low, high = max(begin - position, 0), min(end - position, len(chunk))
+            if low < high:
+                chunk = chunk[:low] + b"0" * (high - low) + chunk[high:]
+            digest.update(chunk)
+            position += len(chunk)
+    return digest.hexdigest() == stated
+
+
+def _places_of(path: Path, needle: bytes) -> list[int]:
+    """Return where a byte string stands in a file."""
+    if not path.stat().st_size:
+        return []
+    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        places = []
+        at = view.find(needle)
+        while at >= 0:
+            places.append(at)
+            at = view.find(needle, at + 1)
+        return places
 
 
 # --- atomic files ---------------------------------------------------------------------------
