@@ -42,13 +42,18 @@ class WeightSource:
     trust_remote_code: bool = False
 
 
+def weight_files(spec: EncoderSpec) -> tuple[str, ...]:
+    """Return the names that an encoder's weights may have in its repository, best first."""
+    return (spec.weights_file,) if spec.weights_file else _HUB_NAMES
+
+
 def hub_file(spec: EncoderSpec, source: WeightSource) -> Path:
     """Return the local path of an encoder's weights, downloaded where they are not at hand.
 
     Raises:
         EncoderUnavailable: gated, missing, or the hub can't be reached; says which, and the page.
     """
-    names = (spec.weights_file,) if spec.weights_file else _HUB_NAMES
+    names = weight_files(spec)
     if source.folder is not None:
         for name in names:
             path = source.folder / spec.folder / name
