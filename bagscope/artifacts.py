@@ -29,6 +29,7 @@ from bagscope.errors import ArtifactError, FingerprintMismatch, SchemaError
 COMPLETE_NAME = "complete.json"
 _TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.~]+)~(?P<pid>\d+)~[0-9a-f]{8}\.tmp$")
 _HASH_CHUNK_BYTES = 1 << 20
+_HEX_DIGITS = re.compile(rb"[0-9a-f]{64}")
 
 Json = Any
 """What `json` reads and writes: dict, list, str, int, float, bool or None."""
@@ -115,35 +116,52 @@ def sha256_of_file(path: Path) -> str:
 
 # --- seals ----------------------------------------------------------------------------------
 
-SEAL_BLANK = "0" * 64
+SEAL_MARK = "bagscope-sha256:"
+"""What stands before the hash that a file states of itself."""
+SEAL_BLANK = SEAL_MARK + "0" * 64
 """What a file states as its own hash until it is sealed."""
 
 
 def seal_file(path: Path) -> str:
     """Replace the one `SEAL_BLANK` in a file by the hash of the file as it is; return the hash.
 
-    So a file can carry a hash of all its bytes: those of the seal itself count as zeros.
+    So a file can carry a hash of all its bytes: those of the hash itself count as zeros.
 
     Raises:
         ArtifactError: the file holds no blank seal, or several.
     """
-    places = _places_of(path, SEAL_BLANK.encode())
-    if len(places) != 1:
-        raise ArtifactError(f"{path}: holds {len(places)} blank seals, expected one")
+    with _viewed(path) as view:
+        place = view.find(SEAL_BLANK.encode())
+        if place < 0 or view.find(SEAL_BLANK.encode(), place + 1) >= 0:
+            count = "no" if place < 0 else "more than one"
+            raise ArtifactError(f"{path}: holds {count} blank seal, expected one; write it again")
     digest = sha256_of_file(path)
     with path.open("r+b") as handle:
-        handle.seek(places[0])
+        handle.seek(place + len(SEAL_MARK))
         handle.write(digest.encode())
     return digest
 
 
-def seal_holds(path: Path, stated: str) -> bool:
-    """Return whether a file still is what it was when it was sealed with the hash `stated`."""
-    places = _places_of(path, stated.encode()) if len(stated) == len(SEAL_BLANK) else []
-    if len(places) != 1:
+def stated_seal(path: Path) -> str | None:
+    """Return the hash that a file states of itself, None where it states none.
+
+    It is found by its mark, not by a library for the file's format: those trust what they read.
+    """
+    place = _seal_place(path)
+    if place is None:
+        return None
+    with path.open("rb") as handle:
+        handle.seek(place)
+        return handle.read(64).decode()
+
+
+def seal_holds(path: Path) -> bool:
+    """Return whether a file still is what it was when it was sealed."""
+    begin, stated = _seal_place(path), stated_seal(path)
+    if begin is None or stated is None:
         return False
     digest = hashlib.sha256()
-    begin, end = places[0], places[0] + len(SEAL_BLANK)
+    end = begin + len(stated)
     with path.open("rb") as handle:
         position = 0
         while chunk := handle.read(_HASH_CHUNK_BYTES):
@@ -155,17 +173,26 @@ def seal_holds(path: Path, stated: str) -> bool:
     return digest.hexdigest() == stated
 
 
-def _places_of(path: Path, needle: bytes) -> list[int]:
-    """Return where a byte string stands in a file."""
-    if not path.stat().st_size:
-        return []
+def _seal_place(path: Path) -> int | None:
+    """Return where in a file the 64 digits of its first seal begin."""
+    mark = SEAL_MARK.encode()
+    with _viewed(path) as view:
+        place = view.find(mark)
+        while place >= 0:
+            begin = place + len(mark)
+            if _HEX_DIGITS.fullmatch(bytes(view[begin : begin + 64])):
+                return begin
+            place = view.find(mark, begin)
+    return None
+
+
+@contextlib.contextmanager
+def _viewed(path: Path) -> Iterator[mmap.mmap | bytes]:
+    if not path.stat().st_size:  # nothing can be mapped
+        yield b""
+        return
     with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        places = []
-        at = view.find(needle)
-        while at >= 0:
-            places.append(at)
-            at = view.find(needle, at + 1)
-        return places
+        yield view
 
 
 # --- atomic files ---------------------------------------------------------------------------
@@ -212,8 +239,12 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, value: Json) -> None:
     """Write readable, key-sorted JSON atomically."""
+    write_text(path, _readable_json(value))
+
+
+def _readable_json(value: Json) -> str:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    return text + "\n"
 
 
 def read_json(path: Path) -> Json:
@@ -300,9 +331,14 @@ def read_complete(path: Path) -> dict[str, Json]:
 
 def folder_faults(path: Path) -> list[str]:
     """Return one sentence per missing, changed or unexpected file of a folder artefact."""
-    files: Mapping[str, str] = read_complete(path)["files"]
+    record = read_complete(path)
+    files: Mapping[str, str] = record["files"]
     present = set(_members(path)) - {COMPLETE_NAME}
-    faults = [f"{path / name}: missing" for name in sorted(files.keys() - present)]
+    faults = []
+    # What reads as the same record may still be other bytes: a lost line end, a changed space.
+    if (path / COMPLETE_NAME).read_bytes() != _readable_json(record).encode():
+        faults.append(f"{path / COMPLETE_NAME}: content changed since it was written")
+    faults += [f"{path / name}: missing" for name in sorted(files.keys() - present)]
     faults += [f"{path / name}: not in {COMPLETE_NAME}" for name in sorted(present - files.keys())]
     faults += [
         f"{path / name}: content changed since it was written"

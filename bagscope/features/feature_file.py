@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
-import zlib
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,50 +24,45 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from bagscope import __version__
-from bagscope.artifacts import (
-    SEAL_BLANK,
-    Json,
-    atomic_file,
-    canonical_json,
-    fingerprint,
-    seal_file,
-    step,
-)
+from bagscope.artifacts import SEAL_MARK, Json, atomic_file, fingerprint, seal_file, step
 from bagscope.errors import ArtifactError, SchemaError
+from bagscope.features.feature_layout import (
+    CRC_ROWS,
+    SCHEMA,
+    SCHEMA_VERSION,
+    TILE_ATTRIBUTES,
+    Float16Overflow,
+    as_stored,
+    bytes_of,
+    lay_out,
+    runs,
+    write_at,
+    write_checksums,
+)
 
-SCHEMA = "bagscope.features"
-SCHEMA_VERSION = 1
-CRC_ROWS = 256
+__all__ = [
+    "CRC_ROWS",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "TILE_ATTRIBUTES",
+    "UNKNOWN",
+    "FeatureFile",
+    "FeatureHeader",
+    "FeatureWriter",
+    "Float16Overflow",
+    "StoredDtype",
+    "read_feature_file",
+    "read_rows",
+    "write_feature_file",
+]
+
 UNKNOWN = "unknown"
 """What an imported file states for provenance that its source did not carry."""
 
-FLOAT16_MAX = 65504.0
 StoredDtype = Literal["float16", "float32"]
 
-TILE_ATTRIBUTES = (
-    "width_l0",
-    "height_l0",
-    "bounds_l0",
-    "mpp_x_l0",
-    "mpp_y_l0",
-    "mpp_source",
-    "mpp_estimated",
-    "mpp",
-    "mpp_effective",
-    "tile_px",
-    "tile_px_l0",
-    "extent_l0",
-    "origin_l0",
-    "step_l0",
-    "overlap_px",
-    "read_level",
-    "backend",
-    "tissue_method",
-)
-"""Attributes of the tile file that a feature file repeats, so that it can be read alone."""
-
 _BLOCK_ROWS = 4096
+_OWN_DATASETS = ("features", "coords", "grid", "crc32")
 _REQUIRED_ATTRIBUTES = (
     "slide_id", "fingerprint", "fingerprint_fields", "encoder", "weights_sha256", "sha256",
 )  # fmt: skip
@@ -85,7 +81,7 @@ class FeatureHeader:
         grid: (N, 2) int32 (column, row) on the lattice, None where there is none.
         tile: attributes of the tile file (`TILE_ATTRIBUTES`), as far as they are known.
         recorded: what is noted and never compared: versions, device, batch size, ...
-        extra: further datasets, such as `coords_source` of an imported file.
+        extra: further datasets with one entry per row, such as `coords_source` of an imported file.
     """
 
     slide_id: str
@@ -99,12 +95,11 @@ class FeatureHeader:
     extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
-class Float16Overflow(Exception):
-    """A value does not fit into float16: the slide is to be stored as float32."""
-
-
 class FeatureWriter:
-    """Writes one feature file, rows in any order, atomically; not for several threads at once."""
+    """Writes one feature file, rows in any order, atomically; not for several threads at once.
+
+    Once it failed, finished or was discarded, nothing more can be written.
+    """
 
     def __init__(
         self,
@@ -120,9 +115,10 @@ class FeatureWriter:
         self._shape = (rows, dimension)
         self._dtype = np.dtype(dtype)
         self._stack = contextlib.ExitStack()
+        self._descriptor = -1
         self._temporary = self._stack.enter_context(atomic_file(path))
         try:
-            self._offset = _lay_out(self._temporary, header, self._shape, self._dtype)
+            self._offset = lay_out(self._temporary, header, self._shape, self._dtype)
             self._descriptor = os.open(self._temporary, os.O_RDWR)
         except BaseException as error:
             self._give_up(error)
@@ -132,14 +128,25 @@ class FeatureWriter:
         """Write rows `start` ... of (n, D) vectors.
 
         Raises:
-            Float16Overflow: a value is beyond float16, and that is what is stored.
+            Float16Overflow: a value is beyond float16, and that is what is stored; the writer
+                stays open.
             ArtifactError: the disk is full.
+            ValueError: rows that the file has no place for.
         """
-        if self._dtype == np.float16 and vectors.size and np.abs(vectors).max() > FLOAT16_MAX:
-            raise Float16Overflow
-        content = np.ascontiguousarray(vectors, self._dtype)
+        rows, dimension = self._shape
+        if vectors.ndim != 2 or vectors.shape[1] != dimension:
+            raise ValueError(f"{self.path}: vectors are {vectors.shape}, expected (n, {dimension})")
+        if start < 0 or start + len(vectors) > rows:
+            raise ValueError(
+                f"{self.path}: rows {start} to {start + len(vectors)} of a file of {rows}"
+            )
+        if self._descriptor < 0:
+            raise ValueError(f"{self.path}: written to after it was finished or discarded")
+        if not vectors.size:
+            return
+        content = as_stored(vectors, self._dtype)
         try:
-            _write_at(self._descriptor, memoryview(content).cast("B"), self._row_offset(start))
+            write_at(self._descriptor, bytes_of(content), self._row_offset(start))
         except OSError as error:
             self._give_up(error)
 
@@ -149,17 +156,25 @@ class FeatureWriter:
         Raises:
             ArtifactError: it can't be written.
         """
+        if self._descriptor < 0:
+            raise ValueError(f"{self.path}: finished after it was finished or discarded")
         try:
+            if readable is not None and readable.shape != self._shape[:1]:
+                raise ValueError(
+                    f"{self.path}: readable is {readable.shape}, expected {self._shape[:1]}"
+                )
             if readable is not None and not readable.all():
                 self._leave_out(readable)
-            _write_checksums(
+            write_checksums(
                 self._temporary, self._descriptor, self._offset, self._shape, self._dtype
             )
             seal_file(self._temporary)
+            step("features-written")
         except BaseException as error:
             self._give_up(error)
-        step("features-written")
-        self._stack.close()
+        stack, self._stack = self._stack, contextlib.ExitStack()
+        self._descriptor = -1
+        stack.close()
 
     def discard(self) -> None:
         """Remove what was written so far."""
@@ -169,6 +184,8 @@ class FeatureWriter:
     def _give_up(self, error: BaseException) -> None:
         """Leave the atomic file by an error, which removes it and is raised in plain words."""
         stack, self._stack = self._stack, contextlib.ExitStack()
+        # A closed descriptor's number soon stands for another file.
+        self._descriptor = -1
         if not stack.__exit__(type(error), error, error.__traceback__):
             raise error
 
@@ -177,29 +194,26 @@ class FeatureWriter:
 
     def _leave_out(self, readable: NDArray[np.bool_]) -> None:
         """Lay the file out anew for fewer rows; those that stay move forward."""
-        header, kept = self._header, np.flatnonzero(readable)
-        compact = FeatureHeader(
-            slide_id=header.slide_id,
-            fields=header.fields,
-            encoder=header.encoder,
-            weights_sha256=header.weights_sha256,
-            coords_l0=None if header.coords_l0 is None else header.coords_l0[kept],
-            grid=None if header.grid is None else header.grid[kept],
-            tile=header.tile,
-            recorded=header.recorded,
-            extra=header.extra,
+        header = self._header
+        compact = replace(
+            header,
+            coords_l0=None if header.coords_l0 is None else header.coords_l0[readable],
+            grid=None if header.grid is None else header.grid[readable],
+            extra={name: array[readable] for name, array in header.extra.items()},
         )
-        old = self._stack.enter_context(os.fdopen(os.dup(self._descriptor), "rb"))
         # The open descriptor keeps the old file readable after the new one took its name.
+        old, old_offset = self._descriptor, self._offset
         self._temporary.unlink()
-        old_offset, row_bytes = self._offset, self._shape[1] * self._dtype.itemsize
-        self._shape = (len(kept), self._shape[1])
-        self._offset = _lay_out(self._temporary, compact, self._shape, self._dtype)
+        self._shape = (int(np.count_nonzero(readable)), self._shape[1])
+        self._offset = lay_out(self._temporary, compact, self._shape, self._dtype)
         self._descriptor = os.open(self._temporary, os.O_RDWR)
         self._stack.callback(os.close, self._descriptor)
-        for row, source in enumerate(kept.tolist()):
-            content = os.pread(old.fileno(), row_bytes, old_offset + source * row_bytes)
-            _write_at(self._descriptor, memoryview(content), self._row_offset(row))
+        row_bytes = self._shape[1] * self._dtype.itemsize
+        written = 0
+        for start, stop in runs(readable, _BLOCK_ROWS):
+            content = os.pread(old, (stop - start) * row_bytes, old_offset + start * row_bytes)
+            write_at(self._descriptor, memoryview(content), self._row_offset(written))
+            written += stop - start
 
 
 class _Discarded(Exception):
@@ -214,17 +228,19 @@ def write_feature_file(
     dtype: StoredDtype = "float16",
 ) -> None:
     """Write vectors (N, D) that are at hand; float32 is kept where float16 would overflow."""
-    overflows = bool(vectors.size) and float(np.abs(vectors).max()) > FLOAT16_MAX
-    writer = FeatureWriter(
-        path,
-        header,
-        rows=len(vectors),
-        dimension=vectors.shape[1],
-        dtype="float32" if overflows else dtype,
-    )
-    for start in range(0, len(vectors), _BLOCK_ROWS):
-        writer.write(start, vectors[start : start + _BLOCK_ROWS])
-    writer.finish()
+    rows, dimension = vectors.shape
+    writer = FeatureWriter(path, header, rows=rows, dimension=dimension, dtype=dtype)
+    try:
+        for start in range(0, rows, _BLOCK_ROWS):
+            writer.write(start, vectors[start : start + _BLOCK_ROWS])
+    except Float16Overflow:
+        writer.discard()
+        write_feature_file(path, header, vectors, dtype="float32")
+    except BaseException:
+        writer.discard()
+        raise
+    else:
+        writer.finish()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,8 +249,10 @@ class FeatureFile:
 
     Attributes:
         features: (N, D) float16 or float32, read-only.
+        offset: where in the file the vectors begin.
         crc32: (ceil(N / 256),) uint32, of the bytes of each 256 rows.
         sha256: hash of the whole file, as stated in it.
+        extra_names: of the datasets that only this file has (see `read_extra`).
         attributes: scalar attributes of the file, those of the tile file among them.
 
     The others are those of `FeatureHeader`.
@@ -243,6 +261,7 @@ class FeatureFile:
     path: Path
     slide_id: str
     features: NDArray[Any]
+    offset: int
     coords_l0: NDArray[np.int32] | None
     grid: NDArray[np.int32] | None
     encoder: Mapping[str, Json]
@@ -251,6 +270,8 @@ class FeatureFile:
     fingerprint: str
     crc32: NDArray[np.uint32]
     sha256: str
+    recorded: Mapping[str, Json]
+    extra_names: tuple[str, ...]
     attributes: Mapping[str, Any]
 
     def __len__(self) -> int:
@@ -273,9 +294,11 @@ def read_feature_file(path: Path) -> FeatureFile:
             for name in ("coords", "grid")
         }
         crc32 = np.asarray(file["crc32"][:], np.uint32)
-        features = _mapped(path, file)
+        offset, features = _mapped(path, file)
+        extra = tuple(sorted(set(file) - set(_OWN_DATASETS)))
         fields = json.loads(attributes["fingerprint_fields"])
         encoder = json.loads(attributes["encoder"])
+        recorded = json.loads(attributes.get("recorded", "{}"))
     for name, array in arrays.items():
         if array is not None and array.shape != (len(features), 2):
             raise SchemaError(
@@ -289,6 +312,7 @@ def read_feature_file(path: Path) -> FeatureFile:
         path=path,
         slide_id=str(attributes["slide_id"]),
         features=features,
+        offset=offset,
         coords_l0=arrays["coords"],
         grid=arrays["grid"],
         encoder=encoder,
@@ -297,94 +321,56 @@ def read_feature_file(path: Path) -> FeatureFile:
         fingerprint=str(attributes["fingerprint"]),
         crc32=crc32,
         sha256=str(attributes["sha256"]),
+        recorded=recorded,
+        extra_names=extra,
         attributes=attributes,
     )
 
 
-# --- layout ---------------------------------------------------------------------------------
+def read_rows(
+    file: FeatureFile, rows: NDArray[np.integer[Any]] | None, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """Read rows (n,) of a feature file, all where None, into `out` (n, D) or a new array.
 
+    Neighbouring rows are one read; nothing else is touched, so a few rows of a large file cost
+    what they weigh, and memory that was never mapped in is not paid for page by page.
 
-def _lay_out(
-    path: Path, header: FeatureHeader, shape: tuple[int, int], dtype: np.dtype[Any]
-) -> int:
-    """Write the file with room for the vectors; return where in the file they begin."""
-    with h5py.File(
-        path, "w", libver=("earliest", "v110"), alignment_threshold=65536, alignment_interval=4096
-    ) as file:
-        for name, value in _attributes(header, dtype).items():
-            file.attrs[name] = value
-        if header.coords_l0 is not None:
-            file.create_dataset("coords", data=header.coords_l0, dtype=np.int32)
-        if header.grid is not None:
-            file.create_dataset("grid", data=header.grid, dtype=np.int32)
-        for name, array in header.extra.items():
-            file.create_dataset(name, data=array)
-        step("mid-write")
-        _allocate(file, "crc32", (-(-shape[0] // CRC_ROWS),), np.dtype(np.uint32))
-        _allocate(file, "features", shape, dtype)
-        offset = file["features"].id.get_offset()
-    return 0 if offset is None else int(offset)
-
-
-def _attributes(header: FeatureHeader, dtype: np.dtype[Any]) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "bagscope_version": __version__,
-        # Fixed in length: the hash takes the blank's place when all else is written.
-        "sha256": np.bytes_(SEAL_BLANK),
-        "fingerprint": fingerprint(header.fields),
-        "fingerprint_fields": canonical_json(header.fields).decode(),
-        "slide_id": header.slide_id,
-        "encoder": canonical_json(header.encoder).decode(),
-        "weights_sha256": header.weights_sha256,
-        "stored_dtype": dtype.name,
-        "recorded": canonical_json(header.recorded).decode(),
-        **{name: header.tile[name] for name in TILE_ATTRIBUTES if name in header.tile},
-    }
-
-
-def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Make a contiguous dataset that has its place in the file and holds nothing yet."""
-    if 0 in shape:
-        file.create_dataset(name, shape, dtype)
-        return
-    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    settings.set_layout(h5py.h5d.CONTIGUOUS)
-    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    settings.set_obj_track_times(False)
-    h5py.h5d.create(
-        file.id,
-        name.encode(),
-        h5py.h5t.py_create(dtype, logical=True),
-        h5py.h5s.create_simple(shape),
-        dcpl=settings,
-    )
-
-
-def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
-
-
-def _write_checksums(
-    path: Path, descriptor: int, offset: int, shape: tuple[int, int], dtype: np.dtype[Any]
-) -> None:
-    """Fill in the CRC of every 256 rows."""
-    if 0 in shape:
-        return
-    with h5py.File(path, "r") as file:
-        place = file["crc32"].id.get_offset()
-    row_bytes = shape[1] * dtype.itemsize
-    values = []
-    for start in range(0, shape[0], CRC_ROWS):
-        count = min(CRC_ROWS, shape[0] - start)
-        values.append(
-            zlib.crc32(os.pread(descriptor, count * row_bytes, offset + start * row_bytes))
-        )
-    _write_at(descriptor, memoryview(np.array(values, "<u4")).cast("B"), place)
+    Raises:
+        IndexError: a row that the file does not have.
+        ArtifactError: the file was cut short meanwhile, or is gone.
+    """
+    wanted = np.arange(len(file)) if rows is None else np.asarray(rows)
+    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(file):
+        raise IndexError(f"{file.path}: rows {wanted.min()} to {wanted.max()} of {len(file)}")
+    dimension = file.features.shape[1]
+    if out is None:
+        out = np.empty((len(wanted), dimension), file.features.dtype)
+    if not out.size:
+        return out
+    order = np.argsort(wanted, kind="stable")
+    places = wanted[order].astype(np.int64)
+    starts = np.flatnonzero((np.diff(places, prepend=-2) != 1) | (np.diff(order, prepend=-2) != 1))
+    counts = np.diff(starts, append=len(wanted)).tolist()
+    row_bytes = dimension * out.itemsize
+    target = bytes_of(out)
+    try:
+        descriptor = os.open(file.path, os.O_RDONLY)
+    except OSError as error:
+        raise ArtifactError(f"{file.path}: can't be read any more ({error.strerror})") from error
+    try:
+        for to, source, count in zip(
+            order[starts].tolist(), places[starts].tolist(), counts, strict=True
+        ):
+            begin, end = to * row_bytes, (to + count) * row_bytes
+            at = file.offset + source * row_bytes
+            while begin < end:
+                got = os.preadv(descriptor, [target[begin:end]], at)
+                if not got:
+                    raise ArtifactError(f"{file.path}: cut short; extract again")
+                begin, at = begin + got, at + got
+    finally:
+        os.close(descriptor)
+    return out
 
 
 # --- checks ---------------------------------------------------------------------------------
@@ -415,12 +401,12 @@ def _checked_attributes(path: Path, file: h5py.File) -> dict[str, Any]:
     missing += [name for name in ("features", "crc32") if name not in file]
     if missing:
         raise SchemaError(f"{path}: lacks {', '.join(missing)}; extract again")
-    attributes["sha256"] = bytes(attributes["sha256"]).decode()
+    attributes["sha256"] = bytes(attributes["sha256"]).decode().removeprefix(SEAL_MARK)
     return attributes
 
 
-def _mapped(path: Path, file: h5py.File) -> NDArray[Any]:
-    """Return the vectors as a read-only view of the file."""
+def _mapped(path: Path, file: h5py.File) -> tuple[int, NDArray[Any]]:
+    """Return where the vectors begin, and they as a read-only view of the file."""
     dataset = file["features"]
     if dataset.ndim != 2 or dataset.dtype not in (np.float16, np.float32):
         raise SchemaError(
@@ -429,8 +415,21 @@ def _mapped(path: Path, file: h5py.File) -> NDArray[Any]:
         )
     offset = dataset.id.get_offset()
     if offset is None:
-        empty: NDArray[Any] = dataset[:]
-        return empty
+        if dataset.size:
+            raise SchemaError(f"{path}: features are not contiguous; import the file again")
+        empty: NDArray[Any] = np.zeros(dataset.shape, dataset.dtype)
+        empty.flags.writeable = False
+        return 0, empty
     if offset + dataset.size * dataset.dtype.itemsize > path.stat().st_size:
         raise SchemaError(f"{path}: cut short; extract again")
-    return np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
+    with path.open("rb") as handle:
+        view = _map_file(handle.fileno())
+    vectors = np.frombuffer(view, dataset.dtype, dataset.size, offset).reshape(dataset.shape)
+    return int(offset), vectors
+
+
+def _map_file(descriptor: int) -> mmap.mmap:
+    if sys.version_info >= (3, 13):
+        # Views that a training run holds by the thousand then use up no file descriptors.
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ, trackfd=False)
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)

@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bagscope import __version__
-from bagscope.artifacts import Json, atomic_file, canonical_json, fingerprint, step
+from bagscope.artifacts import (
+    SEAL_BLANK,
+    SEAL_MARK,
+    Json,
+    atomic_file,
+    canonical_json,
+    fingerprint,
+    seal_file,
+    step,
+)
 from bagscope.errors import ArtifactError, SchemaError
 from bagscope.wsi.slide import RectL0, Spacing
 
@@ -100,19 +109,21 @@ def write_tile_file(
 
     `summary` is kept as it is given: what a report says of the slide without opening its arrays.
     """
-    with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
-        _write_attributes(file, tiles, slide_id, fields, tissue_method)
-        file.attrs["summary"] = canonical_json(summary).decode()
-        coords = file.create_dataset("coords", data=tiles.coords_l0, dtype=np.int32)
-        _write_trident_attributes(coords, tiles, slide_id)
-        step("mid-write")
-        file.create_dataset("grid", data=tiles.grid, dtype=np.int32)
-        for name in ("tissue", "pen", "fold", "sharpness"):
-            file.create_dataset(name, data=getattr(tiles, name), dtype=np.float32)
-        if tiles.parent is not None:
-            file.create_dataset("parent", data=tiles.parent, dtype=np.int32)
-        outline = np.frombuffer(outline_geojson.encode(), np.uint8)
-        file.create_dataset("outline_geojson", data=outline)
+    with atomic_file(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            _write_attributes(file, tiles, slide_id, fields, tissue_method)
+            file.attrs["summary"] = canonical_json(summary).decode()
+            coords = file.create_dataset("coords", data=tiles.coords_l0, dtype=np.int32)
+            _write_trident_attributes(coords, tiles, slide_id)
+            step("mid-write")
+            file.create_dataset("grid", data=tiles.grid, dtype=np.int32)
+            for name in ("tissue", "pen", "fold", "sharpness"):
+                file.create_dataset(name, data=getattr(tiles, name), dtype=np.float32)
+            if tiles.parent is not None:
+                file.create_dataset("parent", data=tiles.parent, dtype=np.int32)
+            outline = np.frombuffer(outline_geojson.encode(), np.uint8)
+            file.create_dataset("outline_geojson", data=outline)
+        seal_file(temporary)
 
 
 def _write_attributes(
@@ -128,6 +139,8 @@ def _write_attributes(
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "bagscope_version": __version__,
+        # Fixed in length: the hash takes the blank's place when all else is written.
+        "sha256": np.bytes_(SEAL_BLANK),
         "fingerprint": fingerprint(fields),
         "fingerprint_fields": canonical_json(fields).decode(),
         "slide_id": slide_id,
@@ -267,6 +280,8 @@ def _checked_attributes(path: Path, file: h5py.File) -> dict[str, Any]:
     missing = [name for name in _REQUIRED_ATTRIBUTES if name not in attributes]
     if missing:
         raise SchemaError(f"{path}: lacks the attributes {', '.join(missing)}; tile again")
+    if "sha256" in attributes:  # the first versions did not seal their files
+        attributes["sha256"] = bytes(attributes["sha256"]).decode().removeprefix(SEAL_MARK)
     if fingerprint(json.loads(attributes["fingerprint_fields"])) != attributes["fingerprint"]:
         raise SchemaError(f"{path}: its fingerprint is not that of its fields; tile again")
     return attributes
