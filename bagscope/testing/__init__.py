@@ -1,1 +1,19 @@
-"""What third parties share with our own tests."""
+"""What third parties share with our own tests. Names are imported on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bagscope.testing.encoders import check_encoder
+
+__all__ = ["check_encoder"]
+
+_HOMES = {"check_encoder": "encoders"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
