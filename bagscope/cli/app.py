@@ -14,6 +14,7 @@ import typer
 from bagscope import __version__
 from bagscope.cli.demo import demo
 from bagscope.cli.doctor import doctor
+from bagscope.cli.extract import extract
 from bagscope.cli.init import init
 from bagscope.cli.run import run
 from bagscope.cli.scan import scan
@@ -45,7 +46,7 @@ def _root(
     """Hold the options that come before a verb."""
 
 
-for verb in (init, scan, tile, run, demo, doctor):
+for verb in (init, scan, tile, extract, run, demo, doctor):
     app.command()(verb)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
-from bagscope.artifacts import canonical_json
+from bagscope.artifacts import Json, canonical_json
 from bagscope.cohort.progress import (
     Event,
     Progress,
@@ -43,6 +44,11 @@ class JsonReporter:
         """Print the event."""
         words = [c if c.islower() else f"_{c.lower()}" for c in type(event).__name__]
         typer.echo(canonical_json({"event": "".join(words)[1:], **asdict(event)}))
+
+
+def print_json(event: str, fields: Mapping[str, Json]) -> None:
+    """Print one more JSON object beside those of the run."""
+    typer.echo(canonical_json({"event": event, **fields}))
 
 
 class PlainReporter:

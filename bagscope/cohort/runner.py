@@ -79,6 +79,7 @@ def run_cohort(
     status_dir: Path,
     options: RunOptions,
     report: Reporter,
+    make_executor: Callable[[], Executor] | None = None,
 ) -> RunReport:
     """Do the work of a stage on every slide, each in a process of its own.
 
@@ -94,6 +95,8 @@ def run_cohort(
             the study folder itself, from the stage's status and from `options.sweep`.
         options: how to run it.
         report: listens.
+        make_executor: makes who carries the work out, in place of the one that `options` names,
+            which then calls `work` or does as much by its own means.
 
     Returns:
         What became of the slides; `interrupted` after Ctrl-C or SIGTERM, by when every worker has
@@ -116,7 +119,7 @@ def run_cohort(
         claims = stack.enter_context(ClaimBook(folder, stage=stage, stale_s=options.stale_claim_s))
         stack.callback(claims.sweep)
         claims.sweep()
-        executor = _make_executor(work, options, len(chosen))
+        executor = make_executor() if make_executor else _make_executor(work, options, len(chosen))
         stack.callback(executor.close)
         run = _Run(chosen, stage, status_dir, options, report, claims, executor)
         stack.callback(switch.disconnect)

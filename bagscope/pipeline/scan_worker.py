@@ -11,7 +11,7 @@ from bagscope.artifacts import Json, fingerprint
 from bagscope.cohort.jobs import StageResult
 from bagscope.errors import SlideError
 from bagscope.pipeline.scan import ScanTask
-from bagscope.pipeline.tile_worker import scene_of
+from bagscope.pipeline.tile import scene_of
 from bagscope.wsi.identity import slide_identity
 from bagscope.wsi.lattice import spread_sample
 from bagscope.wsi.opening import open_slide, stored_faults_l0

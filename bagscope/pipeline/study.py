@@ -14,6 +14,7 @@ from pydantic import Field
 from bagscope import artifacts
 from bagscope.cohort.table import Cohort, load_cohort, write_cohort_csv
 from bagscope.errors import ArtifactError, ConfigError
+from bagscope.features.extraction import ExtractSpec
 from bagscope.specs import Spec, parse_spec
 from bagscope.wsi.tiling import TilingSpec
 
@@ -51,6 +52,7 @@ class StudySpec(Spec):
     )
     labels: str | None = Field(default=None, description="clinical table to join by patient_id")
     tiling: TilingSpec = TilingSpec()
+    features: ExtractSpec = ExtractSpec()
     run: RunSpec = RunSpec()
 
 
@@ -150,7 +152,7 @@ def _slides_of(cohort: Cohort) -> list[tuple[str, str]]:
 def _template() -> str:
     """Return a study.yaml that states every option, its default and its meaning."""
     lines = [f"cohort: {COHORT_NAME}"]
-    for section, kind in (("tiling", TilingSpec), ("run", RunSpec)):
+    for section, kind in (("tiling", TilingSpec), ("features", ExtractSpec), ("run", RunSpec)):
         lines += ["", f"{section}:"]
         for name, field in kind.model_fields.items():
             value = field.get_default()

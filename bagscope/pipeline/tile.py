@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from bagscope.wsi.opening import require_backend
 from bagscope.wsi.tiling import NUMERICS, TilingSpec, tiling_name
 
 STAGE = "tile"
+
+_SCENE = re.compile(r"#(\d+)$")
 
 Frame = Literal["qupath", "openslide"]
 
@@ -72,6 +75,7 @@ def tile_cohort(
     overwrite: bool = False,
     shard: tuple[int, int] | None = None,
     executor: str = "local",
+    only: frozenset[str] | None = None,
 ) -> RunReport:
     """Tile every slide of a study; resumes where an earlier run stopped.
 
@@ -84,6 +88,7 @@ def tile_cohort(
         overwrite: replace tilings that were made differently.
         shard: (i, n), to work on the i-th of n parts of the cohort.
         executor: "local", or the address of a Dask scheduler.
+        only: ids of the slides to tile; all of the cohort if None.
 
     Raises:
         ConfigError: the cohort table or an option does not fit.
@@ -106,6 +111,7 @@ def tile_cohort(
             weight=size_weight(row.path),
         )
         for row in cohort.rows
+        if only is None or row.slide_id in only
     ]
     _claim_tiling(study, spec, overwrite=overwrite)
     result = run_cohort(
@@ -131,6 +137,12 @@ def tile_one(job: Job) -> StageResult:
     from bagscope.pipeline.tile_worker import tile_task
 
     return tile_task(job.payload)
+
+
+def scene_of(slide_id: str) -> int | None:
+    """Return the scene that an id such as `case-7#2` asks for, None for the whole file."""
+    found = _SCENE.search(slide_id)
+    return int(found[1]) if found else None
 
 
 def size_weight(path: Path) -> float:

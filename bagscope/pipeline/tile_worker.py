@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from bagscope import artifacts
 from bagscope.artifacts import Json, fingerprint, sha256_of_file
 from bagscope.cohort.jobs import StageResult
 from bagscope.errors import ArtifactError, SlideError
-from bagscope.pipeline.tile import TileTask
+from bagscope.pipeline.tile import TileTask, scene_of
 from bagscope.wsi import geojson, overlay, roi
 from bagscope.wsi.identity import slide_identity
 from bagscope.wsi.opening import open_slide, stored_faults_l0
@@ -33,8 +32,6 @@ from bagscope.wsi.tile_file import (
 from bagscope.wsi.tiles import TiledSlide, TileSet, plan_for, refuse_if_unreadable, tile_slide
 from bagscope.wsi.tiling import NUMERICS, tiling_name
 from bagscope.wsi.tissue import METHOD, TissueMap
-
-_SCENE = re.compile(r"#(\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,12 +97,6 @@ def _fingerprint_fields(
         "roi_sha256": sha256_of_file(region_file) if region_file else None,
         "annotation_frame": task.annotations.frame if annotated else None,
     }
-
-
-def scene_of(slide_id: str) -> int | None:
-    """Return the scene that an id such as `case-7#2` asks for, None for the whole file."""
-    found = _SCENE.search(slide_id)
-    return int(found[1]) if found else None
 
 
 def _open(task: TileTask) -> Slide:

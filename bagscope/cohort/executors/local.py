@@ -64,11 +64,13 @@ class _Worker:
         self.job: Job | None = None
         self.sent_s = 0.0
         self.taken_s: float | None = None
+        self.is_waiting = False
         self.children: list[psutil.Process] = []
         self.children_seen_s = 0.0
 
     def give(self, job: Job, pickled_job: bytes) -> None:
         self.job, self.sent_s, self.taken_s = job, time.monotonic(), None
+        self.is_waiting = False
         # A worker that is gone by now shows as such in the next wait.
         with contextlib.suppress(OSError):
             self.channel.send_bytes(pickled_job)
@@ -109,7 +111,12 @@ class _Worker:
 
 
 class LocalExecutor:
-    """A pool of isolated worker processes (see the module's text)."""
+    """A pool of isolated worker processes (see the module's text).
+
+    A job may talk while it runs (`worker.tell`, `worker.ask`): `on_message` is called in `wait`
+    with the slide's id and the message, and `reply` answers a question. `timeout_s` then is the
+    longest that a job may be silent while it does not wait for an answer.
+    """
 
     def __init__(
         self,
@@ -121,6 +128,7 @@ class LocalExecutor:
         memory_limit_mib: float | None = None,
         preload: Sequence[str] = (),
         allow_start: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        on_message: Callable[[str, bytes], None] | None = None,
     ) -> None:
         self._pickled_work = pickled_work
         self._workers = workers
@@ -128,6 +136,7 @@ class LocalExecutor:
         self._memory_limit_mib = memory_limit_mib
         self._import_main = module == "__main__"
         self._allow_start = allow_start
+        self._on_message = on_message
         self._context = server.start([name for name in (module, *preload) if name != "__main__"])
         self._busy: list[_Worker] = []
         self._idle: list[_Worker] = []
@@ -177,6 +186,14 @@ class LocalExecutor:
             if ended or woken or time.monotonic() >= deadline_s:
                 return ended
 
+    def reply(self, slide_id: str, answer: bytes) -> None:
+        """Answer the question of a job; one that has ended meanwhile does not mind."""
+        for candidate in self._busy:
+            if candidate.job is not None and candidate.job.slide_id == slide_id:
+                candidate.is_waiting, candidate.taken_s = False, time.monotonic()
+                with contextlib.suppress(OSError):
+                    candidate.channel.send_bytes(answer)
+
     def wake(self) -> None:
         """Make a running `wait` return at once."""
         with contextlib.suppress(BlockingIOError):
@@ -217,7 +234,11 @@ class LocalExecutor:
         if self._memory_limit_mib is not None and self._busy:
             deadline_s = min(deadline_s, time.monotonic() + _MEMORY_POLL_S)
         if self._timeout_s is not None:
-            limits = [w.taken_s + self._timeout_s for w in self._busy if w.taken_s is not None]
+            limits = [
+                w.taken_s + self._timeout_s
+                for w in self._busy
+                if w.taken_s is not None and not w.is_waiting
+            ]
             deadline_s = min([deadline_s, *limits])
         return deadline_s - time.monotonic()
 
@@ -239,14 +260,25 @@ class LocalExecutor:
         try:
             while candidate.channel.poll():
                 message = candidate.channel.recv_bytes()
-                if message != worker_process.TAKEN:
+                kind = message[:1]
+                if kind == worker_process.TOLD or kind == worker_process.ASKED:
+                    candidate.is_waiting = kind == worker_process.ASKED
+                    candidate.taken_s = time.monotonic()
+                    self._hear(candidate, message[1:])
+                elif message == worker_process.TAKEN:
+                    candidate.taken_s = time.monotonic()
+                else:
                     record: Record = json.loads(message)
                     return record
-                candidate.taken_s = time.monotonic()
         except (EOFError, OSError):
             # Its end of the channel is closed: the process is ending, if it has not ended yet.
             candidate.process.join(_KILL_PATIENCE_S)
         return None
+
+    def _hear(self, candidate: _Worker, message: bytes) -> None:
+        assert candidate.job is not None
+        assert self._on_message is not None, "the stage talks, and nobody listens"
+        self._on_message(candidate.job.slide_id, message)
 
     def _retire_or_keep(self, candidate: _Worker) -> None:
         candidate.job = None
@@ -275,10 +307,11 @@ class LocalExecutor:
         if candidate.taken_s is None:
             return None
         seconds = now_s - candidate.taken_s
-        if self._timeout_s is not None and seconds >= self._timeout_s:
+        limit_s = None if candidate.is_waiting else self._timeout_s
+        if limit_s is not None and seconds >= limit_s:
             record = failed(
                 WorkerTimeout.__name__,
-                f"{job.slide_id}: took longer than the {self._timeout_s:g} s allowed; raise "
+                f"{job.slide_id}: took longer than the {limit_s:g} s allowed; raise "
                 "--timeout, or look at the slide",
             )
         elif (limit_mib := self._memory_limit_mib) is not None and (

@@ -29,13 +29,33 @@ if TYPE_CHECKING:
 
 TAKEN = b"taken"
 STOP = b"stop"
+TOLD = b"!"
+ASKED = b"?"
 _PR_SET_PDEATHSIG = 1
 _MAX_FRAMES = 30
 _LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM)
 
 
+_channel: Connection | None = None
+
+
+def tell(message: bytes) -> None:
+    """Send the process that runs the cohort word of the job in hand; it counts as progress."""
+    assert _channel is not None, "only a worker's job has somebody to tell"
+    _channel.send_bytes(TOLD + message)
+
+
+def ask(message: bytes) -> bytes:
+    """Ask the process that runs the cohort, and wait for its answer; the wait is not timed."""
+    assert _channel is not None, "only a worker's job has somebody to ask"
+    _channel.send_bytes(ASKED + message)
+    return _channel.recv_bytes()
+
+
 def serve(channel: Connection, pickled_work: bytes) -> None:
     """Work on jobs from `channel` until `STOP` or its end: the body of a worker process."""
+    global _channel
+    _channel = channel
     _die_with_parent()
     _leave_signals_to_parent()
     while True:
