@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import zlib
@@ -96,7 +97,7 @@ def test_pieces_and_their_order_leave_no_trace(tmp_path: Path, cuts: list[int], 
     write_feature_file(tmp_path / "whole.h5", header(900), vectors)
     writer = FeatureWriter(tmp_path / "parts.h5", header(900), rows=900, dimension=3)
     edges = [0, *sorted(cuts), 900]
-    parts = list(zip(edges[:-1], edges[1:], strict=True))
+    parts = list(itertools.pairwise(edges))
     order.shuffle(parts)
     for start, stop in parts:
         writer.write(start, vectors[start:stop].astype(np.float32))
@@ -167,9 +168,7 @@ def test_values_that_were_infinite_are_no_overflow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back, vectors)
 
 
-@pytest.mark.parametrize(
-    ("start", "shape"), [(-1, (2, 3)), (4, (2, 3)), (0, (2, 4)), (0, (6,))]
-)
+@pytest.mark.parametrize(("start", "shape"), [(-1, (2, 3)), (4, (2, 3)), (0, (2, 4)), (0, (6,))])
 def test_rows_without_a_place_are_refused(
     tmp_path: Path, start: int, shape: tuple[int, ...]
 ) -> None:
@@ -298,5 +297,5 @@ def test_a_missing_and_a_cut_file_are_named(tmp_path: Path) -> None:
         read_feature_file(path)
     write_feature_file(path, header(), vectors_of(5))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SchemaError, match="damaged|cut short"):
+    with pytest.raises(SchemaError, match=r"damaged|cut short"):
         read_feature_file(path)
