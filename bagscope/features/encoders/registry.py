@@ -33,7 +33,30 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "bagscope.encoders"
 DEFAULT_ENCODER = "efficientnet-lite0"
-FAMILIES = ("efficientnet",)
+FAMILIES = (
+    "clip",
+    "conch",
+    "ctranspath",
+    "dino",
+    "efficientnet",
+    "genbio",
+    "gigapath",
+    "gpfm",
+    "hibou",
+    "hoptimus",
+    "kaiko",
+    "keep",
+    "lunit",
+    "midnight",
+    "mstar",
+    "musk",
+    "openmidnight",
+    "pathorchestra",
+    "phikon",
+    "resnet",
+    "uni",
+    "virchow",
+)
 """Modules of this package, each of which registers one family. They import neither torch nor timm
 at module level, so that `encoders list` is light."""
 
@@ -89,12 +112,20 @@ def find_encoder(name: str) -> Registered:
         return found
     # Separators are what people remember least.
     plain = {re.sub(r"[^a-z0-9]", "", known.lower()): known for known in _registered}
-    same = plain.get(re.sub(r"[^a-z0-9]", "", name.lower()))
+    same = _by_synonym(name) or plain.get(re.sub(r"[^a-z0-9]", "", name.lower()))
     hint = f" (did you mean {same!r}?)" if same else did_you_mean(name, list(_registered))
     raise ConfigError(
         f"no encoder {name!r}{hint}; bagscope encoders list shows all, and timm:MODEL or "
         "local:PATH work for everything else"
     )
+
+
+def _by_synonym(name: str) -> str | None:
+    # Other tools give one name to several embeddings, so theirs are suggested, not accepted.
+    for known, registered in _registered.items():
+        if name.lower().rpartition("/")[2] in registered.spec.synonyms:
+            return known
+    return None
 
 
 def _load() -> None:

@@ -8,9 +8,10 @@ the fingerprint of every feature file, together with the hash of the weights.
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from bagscope.artifacts import Json
 from bagscope.specs import Spec
@@ -42,7 +43,8 @@ Patch tokens are those after the `num_prefix_tokens` of the network (class and r
 _UNPORTABLE = re.compile(r"[^A-Za-z0-9._+-]+")
 # Facts for people; they don't change a number.
 _NOT_IDENTITY = (
-    "title", "tile_px", "mpp", "licence", "commercial_use", "gated", "card", "package", "run_here",
+    "title", "synonyms", "package", "tile_px", "mpp",
+    "licence", "commercial_use", "gated", "card", "run_here",
 )  # fmt: skip
 
 
@@ -51,6 +53,9 @@ class EncoderSpec(Spec):
 
     name: str = Field(description="what the user types; one name for one embedding")
     title: str = Field(default="", description="what the authors call it")
+    synonyms: tuple[str, ...] = Field(
+        default=(), description="its names in other tools; suggested, never taken for the name"
+    )
     source: Source = Field(description="who builds the network")
     architecture: str = Field(
         default="", description="timm or open_clip architecture, transformers class"
@@ -58,7 +63,9 @@ class EncoderSpec(Spec):
     builder_args: dict[str, Any] = Field(
         default_factory=dict, description="arguments that the network is built with"
     )
-    hub_id: str | None = Field(default=None, description="repository of the weights")
+    hub_id: str | None = Field(
+        default=None, description="repository of the weights; datasets/... for a data set"
+    )
     revision: str | None = Field(default=None, description="commit of that repository, if pinned")
     weights_file: str | None = Field(
         default=None, description="file of that repository, or path of a local checkpoint"
@@ -103,6 +110,11 @@ class EncoderSpec(Spec):
     run_here: bool = Field(
         default=False, description="run with its real weights by the project, not only built"
     )
+
+    @field_serializer("weights_file", when_used="json")
+    def _without_folder(self, value: str | None) -> str | None:
+        # JSON goes into artefacts, where a folder of this machine has no place.
+        return PurePath(value).name if value and PurePath(value).is_absolute() else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

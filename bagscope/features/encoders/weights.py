@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from bagscope.features.encoders.spec import EncoderSpec
 
 _HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
-_SHOWN_KEYS = 4
+SHOWN_KEYS = 4
+_SIGNS_OF_CODE = ("Unsupported global", "Unsupported class", "unrecognized function")
+"""What torch says of an object that is not a tensor or a plain container."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,51 +63,100 @@ def hub_file(spec: EncoderSpec, source: WeightSource) -> Path:
             if path.is_file():
                 return path
     if spec.hub_id is None:
+        where = source.folder / spec.folder if source.folder else f"DIR/{spec.folder}"
         raise EncoderUnavailable(
-            f"encoder {spec.name}: no weights at {source.folder}; put {names[0]} there"
+            f"encoder {spec.name}: its weights can't be downloaded by a program; get them from "
+            f"{spec.card or 'their authors'}, put {names[0]} into {where}, and pass --weights "
+            f"{source.folder or 'DIR'}"
         )
     return _download(spec, names)
 
 
+def hub_folder(spec: EncoderSpec, source: WeightSource) -> Path:
+    """Return the local folder of a whole repository, downloaded where it is not at hand.
+
+    Raises:
+        EncoderUnavailable: gated, missing, or the hub can't be reached; says which, and the page.
+    """
+    if source.folder is not None:
+        folder = source.folder / spec.folder
+        if folder.is_dir():
+            return folder
+    from huggingface_hub import snapshot_download
+
+    repository, kind = _repository(spec)
+    with _plain_words(spec):
+        return Path(snapshot_download(repository, revision=spec.revision, repo_type=kind))
+
+
 def _download(spec: EncoderSpec, names: tuple[str, ...]) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, kind = _repository(spec)
+    unreached: LocalEntryNotFoundError | None = None
+    with _plain_words(spec):
+        for name in names:
+            try:
+                return Path(
+                    hf_hub_download(repository, name, revision=spec.revision, repo_type=kind)
+                )
+            except LocalEntryNotFoundError as error:
+                unreached = error  # without a connection, the next name may still be in the cache
+            except EntryNotFoundError:
+                continue
+        if unreached is not None:
+            raise unreached
+    raise EncoderUnavailable(f"encoder {spec.name}: {page(spec)} holds none of {', '.join(names)}")
+
+
+def page(spec: EncoderSpec) -> str:
+    """Return the page of an encoder's weights, where access is asked for."""
+    return spec.card or f"https://huggingface.co/{spec.hub_id}"
+
+
+def _repository(spec: EncoderSpec) -> tuple[str, str]:
+    """Return the repository's name and kind."""
+    assert spec.hub_id is not None
+    name = spec.hub_id.removeprefix("datasets/")
+    return name, "model" if name == spec.hub_id else "dataset"
+
+
+@contextmanager
+def _plain_words(spec: EncoderSpec) -> Iterator[None]:
+    """Turn what the hub raises into one sentence with what to do."""
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
-    card = spec.card or f"https://huggingface.co/{spec.hub_id}"
-    assert spec.hub_id is not None
-    for name in names:
-        try:
-            return Path(hf_hub_download(spec.hub_id, name, revision=spec.revision))
-        except GatedRepoError as error:
-            raise EncoderUnavailable(
-                f"encoder {spec.name}: access to its weights must be granted; ask for it at "
-                f"{card}, then run hf auth login"
-            ) from error
-        except LocalEntryNotFoundError as error:  # offline, and not in the cache
-            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-            raise EncoderUnavailable(
-                f"encoder {spec.name}: its weights are not at hand and {card} can't be "
-                f"reached{offline}; on a machine with a connection run bagscope encoders fetch "
-                f"{spec.name} --to DIR, and pass --weights DIR here"
-            ) from error
-        except EntryNotFoundError:
-            continue
-        except RepositoryNotFoundError as error:
-            raise EncoderUnavailable(
-                f"encoder {spec.name}: {card} does not exist or needs a login; run hf auth login"
-            ) from error
-        except (HfHubHTTPError, OSError) as error:
-            raise EncoderUnavailable(
-                f"encoder {spec.name}: {card} could not be read ({_first_line(error)}); try "
-                f"again, or fetch the weights elsewhere with bagscope encoders fetch {spec.name}"
-            ) from error
-    raise EncoderUnavailable(f"encoder {spec.name}: {card} holds none of {', '.join(names)}")
+    card = page(spec)
+    fetched = f"bagscope encoders fetch {spec.name} --to DIR"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise EncoderUnavailable(
+            f"encoder {spec.name}: access to its weights must be granted; ask for it at {card}, "
+            "then run hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise EncoderUnavailable(
+            f"encoder {spec.name}: {card} does not exist or needs a login; run hf auth login"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # and not in the cache
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise EncoderUnavailable(
+            f"encoder {spec.name}: its weights are not at hand and {card} can't be reached"
+            f"{offline}; on a machine with a connection run {fetched}, and pass --weights DIR here"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise EncoderUnavailable(
+            f"encoder {spec.name}: {card} could not be read ({_first_line(error)}); try again, or "
+            f"fetch the weights elsewhere with {fetched}"
+        ) from error
 
 
 def read_state_dict(path: Path, *, what: str) -> dict[str, torch.Tensor]:
@@ -125,7 +177,8 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, torch.Tensor]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = "it holds Python code" if "weights_only" in str(error) else _first_line(error)
+        code = any(sign in str(error) for sign in _SIGNS_OF_CODE)
+        reason = "it holds Python code, which is not run" if code else _first_line(error)
         raise EncoderUnavailable(
             f"encoder {what}: {path} can't be read as weights ({reason}); copy the file again, or "
             "convert it to safetensors"
@@ -163,10 +216,10 @@ def load_exactly(network: nn.Module, state: Mapping[str, torch.Tensor], *, what:
     ]
     findings = []
     if missing:
-        findings.append(f"{len(missing)} missing such as {', '.join(missing[:_SHOWN_KEYS])}")
+        findings.append(f"{len(missing)} missing such as {', '.join(missing[:SHOWN_KEYS])}")
     if unexpected:
-        findings.append(f"{len(unexpected)} unknown such as {', '.join(unexpected[:_SHOWN_KEYS])}")
-    findings += shapes[:_SHOWN_KEYS]
+        findings.append(f"{len(unexpected)} unknown such as {', '.join(unexpected[:SHOWN_KEYS])}")
+    findings += shapes[:SHOWN_KEYS]
     if findings:
         raise EncoderUnavailable(
             f"encoder {what}: the weights are of another architecture ({'; '.join(findings)})"
@@ -175,15 +228,20 @@ def load_exactly(network: nn.Module, state: Mapping[str, torch.Tensor], *, what:
 
 
 def weights_sha256(network: nn.Module) -> str:
-    """Return a hash of a network's parameters and buffers: names, shapes, dtypes and bytes."""
+    """Return a hash of a network's parameters and buffers: shapes, dtypes and bytes.
+
+    Their names and order are left out: libraries rename parameters between versions, and the same
+    weights have to keep their hash. Which tensor goes where follows from the architecture.
+    """
     import torch
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    digests = []
+    for tensor in network.state_dict().values():
         plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype}\n".encode())
+        digest = hashlib.sha256(f"{tuple(plain.shape)} {plain.dtype}\n".encode())
         digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
+        digests.append(digest.hexdigest())
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:
