@@ -25,13 +25,14 @@ from bagscope.features.encoders.access import (
     Access,
     find_access,
     needs_no_fetching,
+    needs_whole_repository,
     page_of,
     require_downloadable,
     weights_project,
 )
 from bagscope.features.encoders.registry import encoder_specs, find_encoder
 from bagscope.features.encoders.spec import EncoderSpec
-from bagscope.features.encoders.weights import WeightSource, hub_file, weight_files
+from bagscope.features.encoders.weights import WeightSource, hub_file, hub_folder, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -233,15 +234,16 @@ def fetch_encoder(name: str, to: Path, *, overwrite: bool = False) -> FetchedEnc
         if not folder_faults(folder):
             return _fetched(spec, folder, note="is there already, and whole")
     require_downloadable(spec)
-    found = hub_file(spec, WeightSource())
-    weights = next(file for file in weight_files(spec) if found.as_posix().endswith(f"/{file}"))
-    fields["commit"] = _commit_of(found, weights)
+    origin, names = _downloaded(spec)
+    is_snapshot = origin.parent.name == "snapshots"
+    fields["commit"] = origin.name if is_snapshot else None
     with atomic_folder(folder, fields, replace=True) as temporary:
-        (temporary / weights).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(found, temporary / weights)
+        for file in names:
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin / file, temporary / file)
         facts = {**spec.model_dump(mode="json"), "commit": fields["commit"]}
         write_json(temporary / SPEC_NAME, facts)
-        sums = [f"{sha256_of_file(temporary / file)}  {file}\n" for file in (weights, SPEC_NAME)]
+        sums = [f"{sha256_of_file(temporary / file)}  {file}\n" for file in (*names, SPEC_NAME)]
         write_text(temporary / SUMS_NAME, "".join(sums))
     return _fetched(spec, folder, note="fetched; copy the folder, and pass its parent as --weights")
 
@@ -339,10 +341,16 @@ def _nothing_to_fetch(spec: EncoderSpec) -> FetchedEncoder:
     )
 
 
-def _commit_of(found: Path, weights: str) -> str | None:
-    """Return the commit whose snapshot in the hub's cache holds a file, if it is there."""
-    snapshot = found.parents[len(Path(weights).parts) - 1]
-    return snapshot.name if snapshot.parent.name == "snapshots" else None
+def _downloaded(spec: EncoderSpec) -> tuple[Path, list[str]]:
+    """Download what an encoder needs; return a folder and the files of it that are needed."""
+    if needs_whole_repository(spec):
+        # Fetching runs none of the code; that is agreed to where the encoder is used.
+        folder = hub_folder(spec, WeightSource())
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return folder, sorted(file.as_posix() for file in files)
+    path = hub_file(spec, WeightSource())
+    name = next(name for name in weight_files(spec) if path.as_posix().endswith(f"/{name}"))
+    return path.parents[len(Path(name).parts) - 1], [name]
 
 
 def _fetched(spec: EncoderSpec, folder: Path, *, note: str) -> FetchedEncoder:

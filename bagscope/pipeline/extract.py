@@ -13,7 +13,7 @@ from bagscope.cohort.jobs import Job, RunReport, StageResult, select_shard
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.cohort.table import SlideRow
-from bagscope.errors import ArtifactError, ConfigError
+from bagscope.errors import ArtifactError, ConfigError, SchemaError
 from bagscope.features.extraction import NUMERICS, ExtractSpec
 from bagscope.pipeline.preload import WORKER_MODULES
 from bagscope.pipeline.study import Study, available_cores
@@ -24,7 +24,7 @@ from bagscope.wsi.tiling import tiling_name
 if TYPE_CHECKING:
     from bagscope.features.encoders.loading import LoadedEncoder
     from bagscope.features.encoders.weights import WeightSource
-    from bagscope.features.extract import ExtractTask
+    from bagscope.features.extract import ExtractExecutor, ExtractTask
     from bagscope.features.reader import ReadTask
     from bagscope.features.ring import TileRing
     from bagscope.features.session import EncoderSession
@@ -184,39 +184,18 @@ def _extract_here(
     report: Reporter,
     options: ExtractOptions,
 ) -> ExtractResult:
-    from bagscope.features.extract import ExtractExecutor, make_feed
-
     rows = study.cohort().rows
-    tile_px = _tile_px(study, tiling, rows)
-    sessions = make_sessions(study, encoders, folders, device, tile_px, tiling)
-    targets = make_targets(study, sessions, folders)
-    jobs = [_job(study, tiling, row, options) for row in rows]
-    readers = max(1, min(study.spec.run.worker_count, len(jobs)))
-    ring = _ring(readers, tile_px, max(session.batch_size for session in sessions))
+    readers = max(1, min(study.spec.run.worker_count, len(rows)))
+    sessions = make_sessions(study, encoders, folders, device, tiling)
     made: list[ExtractExecutor] = []
 
     def make_executor() -> ExtractExecutor:
-        run = study.spec.run
-        feed = make_feed(
-            ring,
-            readers=readers,
-            timeout_s=run.timeout_minutes * 60,
-            memory_limit_mib=run.memory_limit_gib * 1024,
-            preload=WORKER_MODULES,
-        )
-        made.append(
-            ExtractExecutor(
-                targets,
-                feed,
-                readers=readers,
-                read_task=read_task_for(ring, threads=max(1, available_cores() // readers)),
-                overwrite=options.overwrite,
-            )
-        )
+        targets = make_targets(study, sessions, folders)
+        made.append(make_engine(study, targets, readers=readers, overwrite=options.overwrite))
         return made[0]
 
     result = run_cohort(
-        jobs,
+        [slide_job(study, tiling, row, options) for row in rows],
         _never_called,
         stage=stage_name(tiling, folders),
         status_dir=study.status_folder,
@@ -230,6 +209,30 @@ def _extract_here(
     return ExtractResult(report=result, timing=made[0].timing(), notes=notes)
 
 
+def make_engine(
+    study: Study, targets: Sequence[Target], *, readers: int, overwrite: bool
+) -> ExtractExecutor:
+    """Start readers and return the engine that they feed."""
+    from bagscope.features.extract import ExtractExecutor, make_feed
+
+    tile_px = targets[0].session.tile_px
+    ring = _ring(readers, tile_px, max(target.session.batch_size for target in targets))
+    feed = make_feed(
+        ring,
+        readers=readers,
+        timeout_s=study.spec.run.timeout_minutes * 60,
+        memory_limit_mib=study.spec.run.memory_limit_gib * 1024,
+        preload=WORKER_MODULES,
+    )
+    return ExtractExecutor(
+        targets,
+        feed,
+        readers=readers,
+        read_task=read_task_for(ring, threads=max(1, available_cores() // readers)),
+        overwrite=overwrite,
+    )
+
+
 def _never_called(job: Job) -> StageResult:
     raise AssertionError("the extraction engine does the work itself")
 
@@ -239,13 +242,13 @@ def make_sessions(
     encoders: Sequence[LoadedEncoder],
     folders: Sequence[Path],
     device: str,
-    tile_px: int,
     tiling: str,
 ) -> list[EncoderSession]:
     """Bring the encoders onto a device, as an earlier run of the same study did."""
     from bagscope.features.session import EncoderSession, device_text, require_device
 
     spec = study.spec.features
+    tile_px = _tile_px(study, tiling)
     key = device_text(require_device(device))
     sessions = []
     for encoder, folder in zip(encoders, folders, strict=True):
@@ -310,18 +313,14 @@ def _tiles_to_come(study: Study, tiling: str) -> int:
     return sum(tiles_of(status.facts) for status in statuses.values())
 
 
-def _tile_px(study: Study, tiling: str, rows: Sequence[SlideRow]) -> int:
-    """Return the tile edge of a tiling, as its spec says or its first readable file."""
-    from bagscope.wsi.tile_file import read_tile_record
-
-    folder = study.tiling_folder(tiling)
-    for row in rows:
-        try:
-            fields = read_tile_record(folder / f"{row.slide_id}.h5").fields
-        except ArtifactError:
-            continue
-        return int(fields["spec"]["tile_px"])
-    return study.spec.tiling.tile_px
+def _tile_px(study: Study, tiling: str) -> int:
+    """Return the tile edge of a tiling."""
+    path = study.tiling_folder(tiling) / "spec.json"
+    stated = artifacts.read_json(path)
+    try:
+        return int(stated["spec"]["tile_px"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SchemaError(f"{path}: states no tile_px; tile again with --overwrite") from error
 
 
 def _ring(readers: int, tile_px: int, batch_size: int) -> TileRing:
@@ -356,7 +355,8 @@ def read_task_for(ring: TileRing, *, threads: int) -> Callable[[ExtractTask], Re
     return make
 
 
-def _job(study: Study, tiling: str, row: SlideRow, options: ExtractOptions) -> Job:
+def slide_job(study: Study, tiling: str, row: SlideRow, options: ExtractOptions) -> Job:
+    """Return the job of one slide."""
     from bagscope.features.extract import ExtractTask
 
     return Job(

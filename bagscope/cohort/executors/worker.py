@@ -56,7 +56,7 @@ def serve(channel: Connection, pickled_work: bytes) -> None:
     """Work on jobs from `channel` until `STOP` or its end: the body of a worker process."""
     global _channel
     _channel = channel
-    _die_with_parent()
+    die_with_parent()
     _leave_signals_to_parent()
     while True:
         try:
@@ -162,7 +162,7 @@ def _leave_signals_to_parent() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End this process as soon as the one that started it is gone, so that nothing writes on.
 
     The thread sees the parent's end at once, but needs the interpreter lock, which a native
