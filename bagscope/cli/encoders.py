@@ -159,6 +159,7 @@ def _print_checks(checks: Sequence[EncoderCheck]) -> None:
 def _weights_text(found: EncoderCheck) -> str:
     texts = {
         "built in": "none needed",
+        "builder": "its builder's",
         "package": "in a package",
         "file": "local file",
         "folder": "in the folder",

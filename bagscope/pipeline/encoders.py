@@ -20,19 +20,26 @@ from bagscope.artifacts import (
     write_json,
     write_text,
 )
-from bagscope.errors import ArtifactError, BagscopeError
+from bagscope.errors import ArtifactError, BagscopeError, EncoderUnavailable
 from bagscope.features.encoders.access import (
     Access,
     find_access,
+    find_weights,
     needs_no_fetching,
     needs_whole_repository,
-    page_of,
     require_downloadable,
     weights_project,
 )
 from bagscope.features.encoders.registry import encoder_specs, find_encoder
 from bagscope.features.encoders.spec import EncoderSpec
-from bagscope.features.encoders.weights import WeightSource, hub_file, hub_folder, weight_files
+from bagscope.features.encoders.weights import (
+    WeightSource,
+    fetched_folder,
+    hub_file,
+    hub_folder,
+    page_of,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +92,7 @@ class EncoderCheck:
     """Whether one encoder can be used on this machine.
 
     Attributes:
-        weights: where they are: "built in", "package", "file", "folder" or "cache"; "" if nowhere.
+        weights: where they are: see `Place`.
         granted: whether the hub lets this account download them; None where it was not asked.
         page: where access is granted.
         works_offline: whether no connection is needed.
@@ -160,7 +167,7 @@ def show_encoder(name: str) -> EncoderPage:
         facts=spec.model_dump(mode="json"),
         meanings={field: info.description or "" for field, info in fields.items()},
         page=page_of(spec),
-        steps=_steps(spec),
+        steps=_steps(name, spec),
     )
 
 
@@ -184,15 +191,16 @@ def check_encoders(
         ConfigError: one of the names is none.
     """
     source = WeightSource(folder=weights, trust_remote_code=trust_remote_code)
-    specs = [find_encoder(name).spec for name in names] or list(encoder_specs().values())
+    # Under the name that was given: that of a local encoder is shorter than its path.
+    given = {name: find_encoder(name).spec for name in names} or encoder_specs()
     checks = []
     unreachable = ""
-    for spec in specs:
+    for name, spec in given.items():
         access = find_access(spec, source, ask=True, unreachable=unreachable)
         unreachable = unreachable or access.unreachable
         seconds, problem = None, access.problem
         if names and access.at_hand and not problem:
-            seconds, problem = _run_one_tile(spec, source)
+            seconds, problem = _run_one_tile(name, spec, source)
         checks.append(_check(spec, access, seconds, problem))
     return checks
 
@@ -216,7 +224,7 @@ def fetch_encoder(name: str, to: Path, *, overwrite: bool = False) -> FetchedEnc
     spec = find_encoder(name).spec
     if needs_no_fetching(spec):
         return _nothing_to_fetch(spec)
-    folder = to / spec.folder
+    folder = fetched_folder(spec, to)
     fields: dict[str, Json] = {"encoder": spec.identity()}
     if folder.exists() and not is_complete(folder):
         raise ArtifactError(
@@ -251,10 +259,13 @@ def fetch_encoder(name: str, to: Path, *, overwrite: bool = False) -> FetchedEnc
 def _source_text(spec: EncoderSpec) -> str:
     if spec.is_native:
         return "native"
-    return spec.source if spec.source == "remote-code" else f"package {spec.package}"
+    if spec.source == "remote-code":
+        return "remote-code"
+    # The last part of where pip gets it from; `show` has the whole.
+    return f"package {(spec.package or '').rpartition('/')[2].removesuffix('.git')}"
 
 
-def _steps(spec: EncoderSpec) -> tuple[str, ...]:
+def _steps(name: str, spec: EncoderSpec) -> tuple[str, ...]:
     steps = []
     if spec.source == "package":
         steps.append(f"pip install '{spec.package}'")
@@ -264,13 +275,13 @@ def _steps(spec: EncoderSpec) -> tuple[str, ...]:
         steps.append(f"ask for access at {page_of(spec)}, then run hf auth login")
     flag = " --trust-remote-code" if spec.source == "remote-code" else ""
     steps += [
-        f"bagscope encoders check {spec.name}{flag}",
+        f"bagscope encoders check {name}{flag}",
         f"bagscope tile STUDY --mpp {spec.mpp:g} --tile-px {spec.tile_px}",
-        f"bagscope extract STUDY --encoder {spec.name}{flag}",
+        f"bagscope extract STUDY --encoder {name}{flag}",
     ]
     if not needs_no_fetching(spec):
         steps.append(
-            f"without a connection: bagscope encoders fetch {spec.name} --to DIR elsewhere, "
+            f"without a connection: bagscope encoders fetch {name} --to DIR elsewhere, "
             "and --weights DIR here"
         )
     return tuple(steps)
@@ -291,7 +302,7 @@ def _check(spec: EncoderSpec, access: Access, seconds: float | None, problem: st
     )
 
 
-def _run_one_tile(spec: EncoderSpec, source: WeightSource) -> tuple[float | None, str]:
+def _run_one_tile(name: str, spec: EncoderSpec, source: WeightSource) -> tuple[float | None, str]:
     """Load an encoder and run one tile of noise; return the seconds and what went wrong."""
     import numpy as np
     import torch
@@ -303,7 +314,7 @@ def _run_one_tile(spec: EncoderSpec, source: WeightSource) -> tuple[float | None
     shape = (1, spec.tile_px, spec.tile_px, 3)
     tile = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     try:
-        loaded = load_encoder(spec.name, source=source)
+        loaded = load_encoder(name, source=source)
         with torch.inference_mode():
             batch = TileTransform(loaded.spec)(torch.from_numpy(tile), torch.float32)
             vectors = pool(loaded.network(batch), loaded.spec)
@@ -325,6 +336,12 @@ def _fault(vectors: torch.Tensor, spec: EncoderSpec) -> str:
 
 
 def _nothing_to_fetch(spec: EncoderSpec) -> FetchedEncoder:
+    place, _ = find_weights(spec, WeightSource())
+    if place == "builder":
+        raise EncoderUnavailable(
+            f"encoder {spec.name}: states neither hub_id nor weights_file, so that only its "
+            f"builder knows where weights come from; ask {page_of(spec) or 'its authors'}"
+        )
     project = weights_project(spec) or spec.package
     if spec.weights_file is not None:
         why = f"its weights are the file {spec.weights_file}, to be copied as it is"

@@ -473,6 +473,26 @@ def test_a_checkpoint_that_no_hub_has_is_asked_of_the_user(
     assert "get vit.pth from https://huggingface.co/lab/vit, put it at DIR/hub-vit" in ran.err
 
 
+def test_weights_that_only_a_builder_knows_can_not_be_fetched(
+    command: Command, known: dict[str, Registered], tmp_path: Path
+) -> None:
+    spec = VIT.model_copy(update={"hub_id": None})
+    known["hub-vit"] = Registered(spec=spec, build=build)
+    ran = command("fetch", "hub-vit", "--to", tmp_path / "weights")
+    assert ran.code == 1
+    assert "states neither hub_id nor weights_file" in ran.err
+
+
+def test_a_name_that_stands_for_another_is_run_under_itself(
+    command: Command, known: dict[str, Registered], monkeypatch: Any
+) -> None:
+    # As local:PATH does, whose spec is named after the last part of the path.
+    known["longer/no-weights"] = known.pop("no-weights")
+    (found,) = lines(command("check", "longer/no-weights", "--json"))
+    assert (found["name"], found["usable"]) == ("no-weights", True)
+    assert "--encoder longer/no-weights" in command("show", "longer/no-weights").out
+
+
 def test_a_folder_of_somebody_else_is_left_alone(
     command: Command, downloads: list[str], tmp_path: Path
 ) -> None:

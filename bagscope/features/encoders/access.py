@@ -17,13 +17,19 @@ from typing import Literal
 from bagscope.errors import EncoderUnavailable
 from bagscope.features.encoders.loading import require_buildable
 from bagscope.features.encoders.spec import EncoderSpec
-from bagscope.features.encoders.weights import WeightSource, weight_files
+from bagscope.features.encoders.weights import (
+    WeightSource,
+    fetched_folder,
+    page_of,
+    repository_of,
+    weight_files,
+)
 
-Place = Literal["", "built in", "package", "file", "folder", "cache"]
-"""Where weights are. "" is nowhere on this machine, "built in" means that there are none."""
+Place = Literal["", "built in", "builder", "package", "file", "folder", "cache"]
+"""Where weights are. "" is nowhere on this machine; "built in" means that there are none, "builder"
+that the spec names none, so that only running the encoder shows where they come from."""
 
 HUB_TIMEOUT_S = 5.0
-_HUB = "https://huggingface.co"
 _PYPI_PROJECT = "https://pypi.org/project/"
 _EXTRA = "encoders"
 _MODULE_OF_EXTRA = {
@@ -31,7 +37,6 @@ _MODULE_OF_EXTRA = {
     "open_clip": "open_clip",
     "remote-code": "transformers",
 }
-_DATASETS = "datasets/"
 _CONFIG_NAME = "config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -81,12 +86,7 @@ class Access:
     @property
     def works_offline(self) -> bool:
         """Return whether the encoder works on this machine without a connection."""
-        return self.at_hand and not self.problem
-
-
-def page_of(spec: EncoderSpec) -> str:
-    """Return the page of an encoder: its card, else its repository."""
-    return spec.card or (f"{_HUB}/{spec.hub_id}" if spec.hub_id else "")
+        return self.at_hand and self.place != "builder" and not self.problem
 
 
 def is_offline() -> bool:
@@ -105,13 +105,6 @@ def needs_no_fetching(spec: EncoderSpec) -> bool:
 def needs_whole_repository(spec: EncoderSpec) -> bool:
     """Return whether an encoder is built from all files of its repository, code among them."""
     return spec.source == "remote-code" and spec.hub_id is not None
-
-
-def repository_of(spec: EncoderSpec) -> tuple[str, str]:
-    """Return the name and the kind ("model", "dataset") of the repository with the weights."""
-    assert spec.hub_id is not None
-    name = spec.hub_id.removeprefix(_DATASETS)
-    return name, "model" if name == spec.hub_id else "dataset"
 
 
 def weights_project(spec: EncoderSpec) -> str | None:
@@ -159,7 +152,7 @@ def find_weights(spec: EncoderSpec, source: WeightSource) -> tuple[Place, Path |
     names = weight_files(spec)
     if source.folder is not None:
         for name in names:
-            path = source.folder / spec.folder / name
+            path = fetched_folder(spec, source.folder) / name
             if path.is_file():
                 return ("file" if Path(name).is_absolute() else "folder"), path
     if spec.hub_id is not None:
@@ -170,7 +163,8 @@ def find_weights(spec: EncoderSpec, source: WeightSource) -> tuple[Place, Path |
         return ("file", path) if path.is_absolute() and path.is_file() else ("", None)
     project = weights_project(spec)
     if project is None:
-        return ("package" if spec.source == "package" else "built in"), None
+        own: dict[str, Place] = {"package": "package", "bagscope": "built in"}
+        return own.get(spec.source, "builder"), None
     return ("package" if _is_installed(project) else ""), None
 
 
@@ -262,8 +256,8 @@ def _is_installed(project: str) -> bool:
 
 
 def _find_repository(spec: EncoderSpec, source: WeightSource) -> tuple[Place, Path | None]:
-    if source.folder is not None and _holds_model(source.folder / spec.folder):
-        return "folder", source.folder / spec.folder
+    if source.folder is not None and _holds_model(fetched_folder(spec, source.folder)):
+        return "folder", fetched_folder(spec, source.folder)
     config = _cached(spec, (_CONFIG_NAME,))
     return ("cache", config.parent) if config and _holds_model(config.parent) else ("", None)
 

@@ -50,6 +50,11 @@ def weight_files(spec: EncoderSpec) -> tuple[str, ...]:
     return (spec.weights_file,) if spec.weights_file else _HUB_NAMES
 
 
+def fetched_folder(spec: EncoderSpec, folder: Path) -> Path:
+    """Return where below `folder` an encoder's weights are kept, whatever the stain before it."""
+    return folder / spec.model_copy(update={"stain": "none"}).folder
+
+
 def hub_file(spec: EncoderSpec, source: WeightSource) -> Path:
     """Return the local path of an encoder's weights, downloaded where they are not at hand.
 
@@ -59,11 +64,11 @@ def hub_file(spec: EncoderSpec, source: WeightSource) -> Path:
     names = weight_files(spec)
     if source.folder is not None:
         for name in names:
-            path = source.folder / spec.folder / name
+            path = fetched_folder(spec, source.folder) / name
             if path.is_file():
                 return path
     if spec.hub_id is None:
-        where = source.folder / spec.folder if source.folder else f"DIR/{spec.folder}"
+        where = fetched_folder(spec, source.folder or Path("DIR"))
         raise EncoderUnavailable(
             f"encoder {spec.name}: its weights can't be downloaded by a program; get them from "
             f"{spec.card or 'their authors'}, put {names[0]} into {where}, and pass --weights "
@@ -79,12 +84,12 @@ def hub_folder(spec: EncoderSpec, source: WeightSource) -> Path:
         EncoderUnavailable: gated, missing, or the hub can't be reached; says which, and the page.
     """
     if source.folder is not None:
-        folder = source.folder / spec.folder
+        folder = fetched_folder(spec, source.folder)
         if folder.is_dir():
             return folder
     from huggingface_hub import snapshot_download
 
-    repository, kind = _repository(spec)
+    repository, kind = repository_of(spec)
     with _plain_words(spec):
         return Path(snapshot_download(repository, revision=spec.revision, repo_type=kind))
 
@@ -93,7 +98,7 @@ def _download(spec: EncoderSpec, names: tuple[str, ...]) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repository, kind = _repository(spec)
+    repository, kind = repository_of(spec)
     unreached: LocalEntryNotFoundError | None = None
     with _plain_words(spec):
         for name in names:
@@ -107,16 +112,18 @@ def _download(spec: EncoderSpec, names: tuple[str, ...]) -> Path:
                 continue
         if unreached is not None:
             raise unreached
-    raise EncoderUnavailable(f"encoder {spec.name}: {page(spec)} holds none of {', '.join(names)}")
+    raise EncoderUnavailable(
+        f"encoder {spec.name}: {page_of(spec)} holds none of {', '.join(names)}"
+    )
 
 
-def page(spec: EncoderSpec) -> str:
+def page_of(spec: EncoderSpec) -> str:
     """Return the page of an encoder's weights, where access is asked for."""
-    return spec.card or f"https://huggingface.co/{spec.hub_id}"
+    return spec.card or (f"https://huggingface.co/{spec.hub_id}" if spec.hub_id else "")
 
 
-def _repository(spec: EncoderSpec) -> tuple[str, str]:
-    """Return the repository's name and kind."""
+def repository_of(spec: EncoderSpec) -> tuple[str, str]:
+    """Return the name and the kind ("model", "dataset") of the repository with the weights."""
     assert spec.hub_id is not None
     name = spec.hub_id.removeprefix("datasets/")
     return name, "model" if name == spec.hub_id else "dataset"
@@ -133,7 +140,7 @@ def _plain_words(spec: EncoderSpec) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
-    card = page(spec)
+    card = page_of(spec)
     fetched = f"bagscope encoders fetch {spec.name} --to DIR"
     try:
         yield

@@ -16,11 +16,10 @@ from bagscope.features.encoders.access import (
     Access,
     find_access,
     needs_no_fetching,
-    page_of,
     weights_project,
 )
 from bagscope.features.encoders.spec import EncoderSpec
-from bagscope.features.encoders.weights import WeightSource
+from bagscope.features.encoders.weights import WeightSource, hub_file, page_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOWHERE = WeightSource()
@@ -137,6 +136,17 @@ def test_the_folder_comes_before_the_cache(cache: Path, tmp_path: Path) -> None:
     path.touch()
     found = find_access(spec_of(), WeightSource(folder=tmp_path / "weights"))
     assert (found.place, found.path) == ("folder", path)
+
+
+def test_weights_in_the_folder_serve_every_stain_normalisation(tmp_path: Path) -> None:
+    path = tmp_path / "hub-vit" / "model.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    source = WeightSource(folder=tmp_path)
+    for stain in ("none", "macenko"):
+        spec = spec_of(stain=stain)
+        assert find_access(spec, source).path == path
+        assert hub_file(spec, source) == path
 
 
 def test_the_hub_that_answers_grants_access(hub: Answers) -> None:
@@ -284,3 +294,9 @@ def test_a_local_checkpoint_is_its_own_weights(tmp_path: Path) -> None:
         found = find_access(spec, source)
         assert (found.place, found.path) == ("file", path)
     assert needs_no_fetching(spec)
+
+
+def test_weights_that_no_fact_names_are_not_promised() -> None:
+    found = find_access(spec_of(hub_id=None, card=""), NOWHERE, ask=True)
+    assert found.place == "builder"
+    assert not found.works_offline
