@@ -105,17 +105,20 @@ def resized(images: Tensor, edge_px: int, interpolation: str) -> Tensor:
     """Resize (B, 3, h, w) uint8 images to squares, antialiased and rounded, as Pillow does."""
     if images.device.type == "cpu":
         # Torch's own path for bytes keeps the channels-last layout and rounds like Pillow.
-        return _interpolated(images, edge_px, interpolation)
+        return _interpolated(images, (edge_px, edge_px), interpolation)
     return resized_in_float32(images, edge_px, interpolation)
 
 
 def resized_in_float32(images: Tensor, edge_px: int, interpolation: str) -> Tensor:
     """Do the same on devices that interpolate floating point only; within one grey level."""
-    values = _interpolated(images.to(torch.float32), edge_px, interpolation)
-    return values.round_().clamp_(0, 255).to(torch.uint8)
+    values = images.to(torch.float32)
+    # As in Pillow, halves go up, and both directions are rounded and cut.
+    for size in ((images.shape[2], edge_px), (edge_px, edge_px)):
+        values = _interpolated(values, size, interpolation).add_(0.5).floor_().clamp_(0, 255)
+    return values.to(torch.uint8)
 
 
-def _interpolated(images: Tensor, edge_px: int, interpolation: str) -> Tensor:
+def _interpolated(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return nn.functional.interpolate(
-        images, (edge_px, edge_px), mode=interpolation, antialias=True, align_corners=False
+        images, size, mode=interpolation, antialias=True, align_corners=False
     )
