@@ -145,12 +145,20 @@ def _print_checks(checks: Sequence[EncoderCheck]) -> None:
                 _access_text(found),
                 _yes_no(found.works_offline),
                 "" if found.seconds is None else f"{found.seconds:.1f} s",
-                found.problem,
+                "the hub can't be reached" if found.unreachable else found.problem,
             )
             for found in checks
         ],
         right=("one tile",),
     )
+    silent = [found for found in checks if found.unreachable]
+    if silent:
+        # The same reason for each, so once.
+        names = "NAME" if len(silent) > 1 else silent[0].name
+        typer.echo(
+            f"the hub can't be reached ({silent[0].unreachable}); on a machine with a connection "
+            f"run bagscope encoders fetch {names} --to DIR, and pass --weights DIR here"
+        )
     usable = sum(found.usable for found in checks)
     offline = sum(found.works_offline for found in checks)
     typer.echo(f"{usable} of {len(checks)} can be used here, {offline} without a connection")

@@ -23,6 +23,7 @@ from bagscope.artifacts import (
 from bagscope.errors import ArtifactError, BagscopeError, EncoderUnavailable
 from bagscope.features.encoders.access import (
     Access,
+    ask_hub,
     find_access,
     find_weights,
     needs_no_fetching,
@@ -98,6 +99,7 @@ class EncoderCheck:
         works_offline: whether no connection is needed.
         seconds: that loading and one tile took; None where it was not run.
         problem: why it can't be used, in one sentence; "" where it can.
+        unreachable: why the hub gave no answer; "" where it did, or was not needed.
     """
 
     name: str
@@ -110,6 +112,7 @@ class EncoderCheck:
     works_offline: bool
     seconds: float | None
     problem: str
+    unreachable: str
 
     @property
     def usable(self) -> bool:
@@ -242,6 +245,9 @@ def fetch_encoder(name: str, to: Path, *, overwrite: bool = False) -> FetchedEnc
         if not folder_faults(folder):
             return _fetched(spec, folder, note="is there already, and whole")
     require_downloadable(spec)
+    place, _ = find_weights(spec, WeightSource())
+    if not place:
+        ask_hub(spec)  # the hub's client would try again for most of a minute
     origin, names = _downloaded(spec)
     is_snapshot = origin.parent.name == "snapshots"
     fields["commit"] = origin.name if is_snapshot else None
@@ -299,6 +305,7 @@ def _check(spec: EncoderSpec, access: Access, seconds: float | None, problem: st
         works_offline=access.works_offline and not problem,
         seconds=seconds,
         problem=problem,
+        unreachable=access.unreachable,
     )
 
 

@@ -91,7 +91,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give every test an empty cache and no connection; return the cache's folder of lab/vit."""
 
     def unreachable(*arguments: object, **options: object) -> None:
-        raise errors.LocalEntryNotFoundError("no route to host")
+        raise OSError("no route to host")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -125,6 +125,7 @@ def downloads(hub: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return str(put_in_cache(hub))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", Mock())
     return asked
 
 
@@ -312,7 +313,9 @@ def test_without_names_all_are_looked_at_and_none_is_run(
     }
     assert "pip install 'nowhere'" in found["foreign"]["problem"]
     assert "no route to host" in found["third"]["problem"]
-    assert asked.call_count == 1  # an unreachable hub is not asked for every encoder
+    said = " ".join(command("check").out.split())
+    assert said.count("(no route to host); on a machine with a connection run") == 1
+    assert asked.call_count == 2  # an unreachable hub is not asked for every encoder
 
 
 # --- fetch --------------------------------------------------------------------------------------
@@ -393,6 +396,7 @@ def test_a_file_in_a_subfolder_of_a_data_set_keeps_its_place(
         return str(put_in_cache(folder, name))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", Mock())
     assert command("fetch", "hub-vit", "--to", tmp_path / "w").code == 0
     assert (tmp_path / "w" / "hub-vit" / name).is_file()
     assert json.loads((tmp_path / "w/hub-vit/encoder.json").read_text())["commit"] == COMMIT
@@ -447,7 +451,7 @@ def test_what_needs_no_fetching_says_so(
         ),
         (refusal(errors.RepositoryNotFoundError), "does not exist or needs a login"),
         (refusal(errors.RemoteEntryNotFoundError), "holds none of model.safetensors"),
-        (errors.LocalEntryNotFoundError("offline"), "https://huggingface.co/lab/vit can't be re"),
+        (OSError("no route"), "https://huggingface.co/lab/vit can't be reached (no route)"),
         (refusal(errors.HfHubHTTPError), "https://huggingface.co/lab/vit could not be read"),
     ],
 )
