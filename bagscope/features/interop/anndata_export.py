@@ -52,11 +52,16 @@ def write(bag: OurBag, out: Path) -> None:
 
 
 def write_zarr(bag: OurBag, out: Path) -> None:
-    """Write a bag as an AnnData Zarr."""
+    """Write a bag as an AnnData Zarr, in version 2, which old and new tools read."""
+    import zarr
+    from anndata.io import write_elem  # type: ignore[import-untyped]
+
     (path,) = plan_zarr(bag, out)
     fields = {"stage": "export", "source_sha256": bag.file.sha256}
     with atomic_folder(path, fields, replace=True) as temporary:
-        as_anndata(bag).write_zarr(temporary)
+        write_elem(zarr.open_group(temporary, mode="w", zarr_format=2), "/", as_anndata(bag))
+        # So that readers look nothing up in the folder, where `complete.json` is no array.
+        zarr.consolidate_metadata(temporary, zarr_format=2)
 
 
 def as_anndata(bag: OurBag) -> AnnData:
