@@ -23,7 +23,7 @@ $(READY): pyproject.toml
 install: $(READY) ## make the virtual environment
 
 demo: $(READY) ## synthetic slides through the whole line, into ./demo
-	$(BIN)/bagscope demo --until tile demo
+	$(BIN)/bagscope demo demo
 
 fmt: $(READY) ## format and sort imports
 	$(BIN)/ruff format .

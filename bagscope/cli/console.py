@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from bagscope.cohort.jobs import RunReport
+    from bagscope.pipeline.extract import ExtractResult
 
 MAX_FAILURES_SHOWN = 20
 
@@ -166,3 +167,20 @@ def print_report(report: RunReport, *, as_json: bool) -> None:
     if report.interrupted:
         again = shlex.join(["bagscope", *sys.argv[1:]])
         typer.echo(f"interrupted with {report.remaining} slides to go; go on with: {again}")
+
+
+def print_extraction(result: ExtractResult, *, as_json: bool) -> None:
+    """Print how an extraction ended, and what it was bound by."""
+    print_report(result.report, as_json=as_json)
+    timing = result.timing
+    if as_json:
+        if timing is not None:
+            print_json("timing", {**timing.seconds(), "sentence": timing.sentence})
+        return
+    for note in result.notes:
+        typer.echo(f"  note: {note}")
+    if timing is not None and timing.tiles:
+        typer.echo("seconds waiting for")
+        for name, seconds in timing.seconds().items():
+            typer.echo(f"  {name:<10} {seconds:8.1f}  {seconds / timing.total_s:4.0%}")
+        typer.echo(timing.sentence)

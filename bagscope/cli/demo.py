@@ -24,15 +24,18 @@ def demo(
     """Make a small synthetic cohort and run it through the line."""
     if until not in STAGES:
         raise ConfigError(f"--until is {until!r}; choose one of {', '.join(STAGES)}")
-    report, sheet = run_demo(
+    result = run_demo(
         folder,
         console.reporter(as_json=as_json),
         slides=slides,
         size_px=size_px,
         seed=seed,
         workers=workers,
+        until=until,
     )
-    console.print_report(report, as_json=as_json)
+    console.print_report(result.tiled, as_json=as_json)
+    if result.extracted is not None:
+        console.print_extraction(result.extracted, as_json=as_json)
     if not as_json:
-        typer.echo(f"look at {sheet}")
-    raise typer.Exit(report.exit_code)
+        typer.echo(f"look at {result.sheet}")
+    raise typer.Exit(result.exit_code)

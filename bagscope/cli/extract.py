@@ -10,7 +10,7 @@ import typer
 from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
 from bagscope.features.extraction import ExtractSpec
-from bagscope.pipeline.extract import ExtractOptions, ExtractResult, extract_cohort
+from bagscope.pipeline.extract import ExtractOptions, extract_cohort
 from bagscope.pipeline.study import Study, init_study, open_study
 from bagscope.wsi.tiling import tiling_name
 
@@ -90,25 +90,8 @@ def extract(
             executor=dask or "local",
         ),
     )
-    print_result(result, as_json=as_json)
+    console.print_extraction(result, as_json=as_json)
     raise typer.Exit(result.report.exit_code)
-
-
-def print_result(result: ExtractResult, *, as_json: bool) -> None:
-    """Print how an extraction ended, and what it was bound by."""
-    console.print_report(result.report, as_json=as_json)
-    timing = result.timing
-    if as_json:
-        if timing is not None:
-            console.print_json("timing", {**timing.seconds(), "sentence": timing.sentence})
-        return
-    for note in result.notes:
-        typer.echo(f"  note: {note}")
-    if timing is not None and timing.tiles:
-        typer.echo("seconds waiting for")
-        for name, seconds in timing.seconds().items():
-            typer.echo(f"  {name:<10} {seconds:8.1f}  {seconds / timing.total_s:4.0%}")
-        typer.echo(timing.sentence)
 
 
 def _names(given: list[str] | None) -> list[str] | None:

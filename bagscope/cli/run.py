@@ -8,6 +8,7 @@ import typer
 
 from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
+from bagscope.pipeline.extract import ExtractOptions, extract_cohort
 from bagscope.pipeline.study import open_study
 from bagscope.pipeline.tile import tile_cohort
 
@@ -44,15 +45,19 @@ def run(
         command = ["bagscope", "run", str(study), *(["--overwrite"] if overwrite else [])]
         typer.echo(sbatch_script(command, spec), nl=False)
         return
-    report = tile_cohort(
-        opened,
-        console.reporter(as_json=as_json),
-        overwrite=overwrite,
-        shard=parse_shard(shard) if shard else None,
-        executor=dask or "local",
+    part = parse_shard(shard) if shard else None
+    executor = dask or "local"
+    listener = console.reporter(as_json=as_json)
+    tiled = tile_cohort(opened, listener, overwrite=overwrite, shard=part, executor=executor)
+    console.print_report(tiled, as_json=as_json)
+    if tiled.interrupted:
+        raise typer.Exit(tiled.exit_code)
+    # A slide that could not be tiled fails here too; the others go on.
+    extracted = extract_cohort(
+        opened, listener, ExtractOptions(overwrite=overwrite, shard=part, executor=executor)
     )
-    console.print_report(report, as_json=as_json)
-    raise typer.Exit(report.exit_code)
+    console.print_extraction(extracted, as_json=as_json)
+    raise typer.Exit(extracted.report.exit_code or tiled.exit_code)
 
 
 def _pairs(given: list[str]) -> dict[str, str]:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from bagscope.cohort.jobs import RunReport
 from bagscope.cohort.progress import Reporter
+from bagscope.pipeline.extract import ExtractResult, extract_cohort
 from bagscope.pipeline.study import available_cores, init_study, open_study
 from bagscope.pipeline.tile import tile_cohort
 from bagscope.wsi.tiling import tiling_name
 
-STAGES = ("tile",)
+STAGES = ("tile", "extract")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult:
+    """How the demo ended: the report of each stage that it came to, and the page to look at."""
+
+    tiled: RunReport
+    extracted: ExtractResult | None
+    sheet: Path
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code of the last stage."""
+        return self.extracted.report.exit_code if self.extracted else self.tiled.exit_code
 
 
 def run_demo(
@@ -21,12 +37,9 @@ def run_demo(
     size_px: int,
     seed: int,
     workers: int | None,
-) -> tuple[RunReport, Path]:
-    """Write synthetic slides where they are missing, and tile them.
-
-    Returns:
-        The run's report and the contact sheet's path.
-    """
+    until: str = STAGES[-1],
+) -> DemoResult:
+    """Write synthetic slides where they are missing, and run the stages up to `until` on them."""
     from bagscope.wsi.synthetic import write_cohort
 
     table = folder / "slides" / "cohort.csv"
@@ -41,6 +54,9 @@ def run_demo(
         )
     init_study(folder / "study", str(table))
     study = open_study(folder / "study", {"run": {"workers": workers}})
-    result = tile_cohort(study, report)
+    tiled = tile_cohort(study, report)
+    extracted = None
+    if until != "tile" and not tiled.exit_code:
+        extracted = extract_cohort(study, report)
     sheet = study.tiling_folder(tiling_name(study.spec.tiling)) / "contact_sheet.html"
-    return result, sheet
+    return DemoResult(tiled=tiled, extracted=extracted, sheet=sheet)
