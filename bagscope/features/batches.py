@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bagscope.features.session import EncoderSession, Pending
+from bagscope.features.session import EncoderSession, Pending, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class Batcher(Generic[Owner]):
     @property
     def is_full(self) -> bool:
         """Return whether the batch is to be run before more tiles come."""
-        return self._filling.filled >= self.session.batch_size
+        return self._filling.filled >= len(self._filling.tiles)
 
     @property
     def is_idle(self) -> bool:
@@ -65,7 +65,7 @@ class Batcher(Generic[Owner]):
     def add(self, owner: Owner, start: int, tiles: NDArray[np.uint8]) -> int:
         """Take tiles (n, h, w, 3), rows `start` ... of a slide; return how many found room."""
         batch = self._filling
-        count = min(len(tiles), self.session.batch_size - batch.filled)
+        count = min(len(tiles), len(batch.tiles) - batch.filled)
         batch.tiles[batch.filled : batch.filled + count].numpy()[...] = tiles[:count]
         batch.segments.append(Segment(owner, start, batch.filled, count))
         batch.filled += count
@@ -75,13 +75,17 @@ class Batcher(Generic[Owner]):
         """Start the batch, padded where it is not full; yield the vectors of the one before."""
         batch, self._filling = self._filling, self._new_batch()
         batch.tiles[batch.filled :] = 0
-        before = self._running
+        before, self._running = self._running, None
+        if len(batch.tiles) > self.session.batch_size:  # shrunk by another line of batches
+            yield from self._collect(before)
+            yield from self._run_in_parts(batch)
+            return
         try:
             self._running = (batch, self.session.submit(batch.tiles))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self._running = None
+            self.session.shrink()
             yield from self._collect(before)
             yield from self._run_in_parts(batch)
             return
@@ -110,7 +114,6 @@ class Batcher(Generic[Owner]):
         """Encode a batch that did not fit into memory in smaller ones, from now on the shape."""
         self._spare.clear()
         while True:
-            self.session.shrink()
             size = self.session.batch_size
             try:
                 parts = []
@@ -123,6 +126,7 @@ class Batcher(Generic[Owner]):
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                self.session.shrink()
         vectors = np.concatenate(parts)
         self._filling = self._new_batch()
         for segment in batch.segments:
@@ -130,11 +134,8 @@ class Batcher(Generic[Owner]):
             yield Encoded(segment.owner, segment.start, vectors[begin : begin + segment.count])
 
     def _new_batch(self) -> _Batch[Owner]:
-        return _Batch(self._spare.pop() if self._spare else self.session.new_batch(), [])
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether the device ran out of memory."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+        while self._spare:
+            tiles = self._spare.pop()
+            if len(tiles) == self.session.batch_size:
+                return _Batch(tiles, [])
+        return _Batch(self.session.new_batch(), [])

@@ -43,6 +43,8 @@ from bagscope.wsi.tile_file import TileFile, read_tile_file
 
 _READER_DEATHS = frozenset(kind.__name__ for kind in (WorkerDied, WorkerTimeout, WorkerOutOfMemory))
 _DEATHS_ALLOWED = 1
+_WAITING_SLIDES = 64
+"""Slides, besides those being read, that may hold files open until their last batch is full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,18 +76,19 @@ class _Slide:
     job: Job
     tiles: TileFile
     outputs: list[_Output]
-    stored_dtype: StoredDtype | None
+    float32_of: frozenset[Target]
     deaths: int
     begin_s: float = field(default_factory=time.monotonic)
     readable: NDArray[np.bool_] = field(default_factory=lambda: np.ones(0, np.bool_))
     problems: list[str] = field(default_factory=list)
     failure: Record | None = None
-    overflowed: bool = False
+    overflowed: frozenset[Target] = frozenset()
     is_read: bool = False
+    is_replaced: bool = False
 
     @property
     def is_lost(self) -> bool:
-        return self.failure is not None or self.overflowed
+        return self.failure is not None or bool(self.overflowed) or self.is_replaced
 
 
 _Owner = tuple[_Slide, _Output]
@@ -132,23 +135,25 @@ class ExtractExecutor:
 
     def slots(self) -> int:
         """Return how many more slides can be started now."""
+        waiting = len(self._slides) - len(self._reading)
+        if waiting >= _WAITING_SLIDES:
+            return 0
         return max(0, self._readers - len(self._reading) - len(self._ended))
 
     def start(self, job: Job) -> None:
         """Begin a slide, or find that nothing is left to do."""
-        try:
-            self._begin(job, stored_dtype=None, deaths=0)
-        except BagscopeError as error:
-            self._end(job, failed(type(error).__name__, str(error)), 0.0)
+        self._try_to_begin(job, float32_of=frozenset(), deaths=0)
 
     def wait(self, timeout_s: float) -> list[Finished]:
-        """Read, encode and store until a slide ends or `timeout_s` is over."""
+        """Read, encode and store until a slide ends, a reader is free or `timeout_s` is over."""
         deadline_s = time.monotonic() + timeout_s
         while not self._ended:
             event = self._next_event(deadline_s)
             if event is None or isinstance(event, Woken):
                 break
             self._handle(event)
+            if isinstance(event, ReadingEnded):
+                break  # the next slide is to be read while this one's last batch fills up
         ended, self._ended = self._ended, []
         return ended
 
@@ -201,7 +206,13 @@ class ExtractExecutor:
 
     # --- one slide ----------------------------------------------------------------------------
 
-    def _begin(self, job: Job, *, stored_dtype: StoredDtype | None, deaths: int) -> None:
+    def _try_to_begin(self, job: Job, *, float32_of: frozenset[Target], deaths: int) -> None:
+        try:
+            self._begin(job, float32_of=float32_of, deaths=deaths)
+        except Exception as error:  # whatever a damaged file makes of it, it is this slide's end
+            self._end(job, _failure(error), 0.0)
+
+    def _begin(self, job: Job, *, float32_of: frozenset[Target], deaths: int) -> None:
         task: ExtractTask = job.payload
         tiles = read_tile_file(task.tile_path)
         wanted = [
@@ -214,10 +225,13 @@ class ExtractExecutor:
                 job, slide_record(job.slide_id, self._targets, len(tiles), outcome="skipped"), 0.0
             )
             return
-        slide = _Slide(job, tiles, [], stored_dtype, deaths)
+        slide = _Slide(job, tiles, [], float32_of, deaths)
         slide.readable = np.ones(len(tiles), np.bool_)
         try:
             for target in wanted:
+                stored_dtype: StoredDtype = (
+                    "float32" if target in float32_of else target.stored_dtype
+                )
                 writer = open_writer(job.slide_id, tiles, target, stored_dtype)
                 slide.outputs.append(_Output(target, writer, owed=len(tiles)))
         except BaseException:
@@ -308,7 +322,7 @@ class ExtractExecutor:
             may_retry = record["error_class"] in _READER_DEATHS and slide.deaths < _DEATHS_ALLOWED
             self._discard(slide)
             if may_retry:
-                self._again(slide, stored_dtype=slide.stored_dtype, deaths=slide.deaths + 1)
+                self._again(slide, deaths=slide.deaths + 1)
             else:
                 slide.failure = record
                 self._conclude(slide)
@@ -332,10 +346,10 @@ class ExtractExecutor:
         if slide.is_lost or self._slides.get(slide.job.slide_id) is not slide:
             return
         if isinstance(error, Float16Overflow):
-            slide.overflowed = True
+            slide.overflowed = frozenset({output.target})
             self._stop(slide)
         elif error is not None:
-            self._lose(slide, failed(type(error).__name__, " ".join(str(error).split())))
+            self._lose(slide, _failure(error))
         else:
             output.is_stored = True
             if all(output.is_stored for output in slide.outputs):
@@ -356,25 +370,27 @@ class ExtractExecutor:
     def _conclude(self, slide: _Slide) -> None:
         """Say how a slide ended that is read and either stored or lost."""
         if slide.overflowed:
-            self._again(slide, stored_dtype="float32", deaths=slide.deaths)
+            self._again(slide, deaths=slide.deaths)
             return
         del self._slides[slide.job.slide_id]
-        record = slide.failure or slide_record(
-            slide.job.slide_id,
-            self._targets,
-            len(slide.tiles),
-            outcome="done",
-            problems=slide.problems,
-        )
+        try:
+            record = slide.failure or slide_record(
+                slide.job.slide_id,
+                self._targets,
+                len(slide.tiles),
+                outcome="done",
+                problems=slide.problems,
+            )
+        except BagscopeError as error:  # somebody touched the files that were just made
+            record = _failure(error)
         self._end(slide.job, record, time.monotonic() - slide.begin_s)
 
-    def _again(self, slide: _Slide, *, stored_dtype: StoredDtype | None, deaths: int) -> None:
-        """Read a slide anew from its start."""
+    def _again(self, slide: _Slide, *, deaths: int) -> None:
+        """Read a slide anew from its start; what of it still waits in batches is of no use."""
+        slide.is_replaced = True
         del self._slides[slide.job.slide_id]
-        try:
-            self._begin(slide.job, stored_dtype=stored_dtype, deaths=deaths)
-        except BagscopeError as error:
-            self._end(slide.job, failed(type(error).__name__, str(error)), 0.0)
+        float32_of = slide.float32_of | slide.overflowed
+        self._try_to_begin(slide.job, float32_of=float32_of, deaths=deaths)
 
     def _discard(self, slide: _Slide) -> None:
         for output in slide.outputs:
@@ -391,6 +407,10 @@ class ExtractExecutor:
                 host=artifacts.host_name(),
             )
         )
+
+
+def _failure(error: BaseException) -> Record:
+    return failed(type(error).__name__, " ".join(str(error).split()) or type(error).__name__)
 
 
 def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:

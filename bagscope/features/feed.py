@@ -78,6 +78,7 @@ class SlideFeed:
         self._asking: deque[str] = deque()
         self._granted: dict[str, int] = {}
         self._stopped: set[str] = set()
+        self._jobs: dict[str, Job] = {}
         self._is_closing = False
         self._thread = threading.Thread(target=self._pump, name="bagscope-feed", daemon=True)
         self._thread.start()
@@ -132,6 +133,7 @@ class SlideFeed:
 
     def _start(self, job: Job) -> None:
         self._stopped.discard(job.slide_id)
+        self._jobs[job.slide_id] = job
         self._executor.start(job)
 
     def _grant(self) -> None:
@@ -156,6 +158,10 @@ class SlideFeed:
 
     def _end(self, finished: Finished) -> None:
         slide_id = finished.slide_id
+        if finished.requeue:  # its reader was gone before it began
+            self._executor.start(self._jobs[slide_id])
+            return
+        del self._jobs[slide_id]
         if slide_id in self._asking:
             self._asking.remove(slide_id)
         if slide_id in self._granted:

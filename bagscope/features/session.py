@@ -110,7 +110,7 @@ class EncoderSession:
         self.is_compiled = False
         self.batch_size = batch_size or self._find_batch_size()
         self.seconds_per_tile = 0.0
-        self.crosses_slides = self._check_rows()
+        self.crosses_slides = self._checked_within_memory()
 
     @property
     def execution(self) -> Execution:
@@ -198,7 +198,7 @@ class EncoderSession:
         """Compile the encoder, if that works and gives the same numbers."""
         self.is_compiled = self._compile()
         if self.is_compiled:
-            self.crosses_slides = self._check_rows()
+            self.crosses_slides = self._checked_within_memory()
 
     def _compile(self) -> bool:
         """Compile normalisation, network and pooling; return whether that worked and is right."""
@@ -233,6 +233,16 @@ class EncoderSession:
             return False
         return True
 
+    def _checked_within_memory(self) -> bool:
+        """Check the rows, with smaller batches where the device has no room for these."""
+        while True:
+            try:
+                return self._check_rows()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.shrink()
+
     def _check_rows(self) -> bool:
         """Return whether a tile's vector is the same wherever in whatever batch it stands."""
         tiles = self._trial_tiles()
@@ -254,7 +264,7 @@ class EncoderSession:
 
     @property
     def _shift(self) -> int:
-        return self.batch_size // 2 + 1
+        return (self.batch_size // 2 + 1) % self.batch_size or 1
 
     def _trial_tiles(self) -> torch.Tensor:
         import torch
@@ -292,6 +302,15 @@ class EncoderSession:
             if torch.cuda.max_memory_allocated(self.device) * 2 > _GPU_MEMORY_SHARE * total:
                 break
         return best
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device ran out of memory."""
+    import torch
+
+    text = str(error).lower()
+    stated = "out of memory" in text or "can't allocate memory" in text  # the latter on CPUs
+    return isinstance(error, torch.OutOfMemoryError) or stated
 
 
 def require_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Queue
@@ -31,7 +32,7 @@ class FeatureSink:
     def __init__(self, post: Callable[[Stored], None]) -> None:
         self._post = post
         self._queue: Queue[Callable[[], None] | None] = Queue(_QUEUE)
-        self._broken: set[int] = set()
+        self._broken: weakref.WeakSet[FeatureWriter] = weakref.WeakSet()
         self._thread = threading.Thread(target=self._work, name="bagscope-sink", daemon=True)
         self._thread.start()
 
@@ -54,7 +55,7 @@ class FeatureSink:
         """Remove an unfinished file."""
 
         def discard() -> None:
-            self._broken.discard(id(writer))
+            self._broken.add(writer)
             writer.discard()
 
         self._queue.put(discard)
@@ -70,10 +71,10 @@ class FeatureSink:
 
     def _guard(self, key: Any, writer: FeatureWriter, task: Callable[[], None]) -> None:
         """Tell of an error once; a broken file takes no more."""
-        if id(writer) in self._broken:
+        if writer in self._broken:
             return
         try:
             task()
         except Exception as error:
-            self._broken.add(id(writer))
+            self._broken.add(writer)
             self._post(Stored(key, error))

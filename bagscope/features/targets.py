@@ -103,15 +103,15 @@ def _joined(hashes: Sequence[str]) -> str:
 
 
 def open_writer(
-    slide_id: str, tiles: TileFile, target: Target, stored_dtype: StoredDtype | None
+    slide_id: str, tiles: TileFile, target: Target, stored_dtype: StoredDtype
 ) -> FeatureWriter:
-    """Open a slide's file for writing; `stored_dtype` goes before the target's own."""
+    """Open a slide's file for writing."""
     return FeatureWriter(
         target.path(slide_id),
         feature_header(slide_id, tiles, target),
         rows=len(tiles),
         dimension=target.session.spec.dimension,
-        dtype=stored_dtype or target.stored_dtype,
+        dtype=stored_dtype,
     )
 
 
