@@ -30,21 +30,34 @@ _CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
 _TOKENS = "last_hidden_state"
 
 
-def timm_trunk(architecture: str, builder_args: Mapping[str, Any]) -> nn.Module:
-    """Create a timm network with random weights; layers may be given by their names."""
+def timm_trunk(
+    architecture: str, builder_args: Mapping[str, Any], *, to_be_loaded: bool = False
+) -> nn.Module:
+    """Create a timm network with random weights; layers may be given by their names.
+
+    Drawing the weights of a giant transformer takes minutes; where they are loaded afterwards
+    (`to_be_loaded`), a vision transformer is left without.
+    """
     import timm
+    import torch
     from timm import layers
+    from timm.models.vision_transformer import VisionTransformer
 
     args = {"num_classes": 0, **builder_args}
     if isinstance(args.get("mlp_layer"), str):
         args["mlp_layer"] = getattr(layers, args["mlp_layer"])
+    if to_be_loaded:
+        with torch.device("meta"):
+            probe = timm.create_model(architecture, pretrained=False, **args)
+        if isinstance(probe, VisionTransformer):
+            args["weight_init"] = "skip"
     trunk: nn.Module = timm.create_model(architecture, pretrained=False, **args)
     return trunk
 
 
 def build_timm(spec: EncoderSpec, source: WeightSource) -> nn.Module:
     """Build what timm knows the architecture of; every key of the weights has to fit."""
-    trunk = timm_trunk(spec.architecture, spec.builder_args)
+    trunk = timm_trunk(spec.architecture, spec.builder_args, to_be_loaded=not source.random)
     if not source.random:
         state = read_state_dict(hub_file(spec, source), what=spec.name)
         load_exactly(trunk, without_classifier(timm_keys(state), trunk), what=spec.name)

@@ -45,7 +45,7 @@ def build(spec: EncoderSpec, source: WeightSource) -> nn.Module:
 
     from bagscope.features.encoders.networks import Headed
 
-    trunk = timm_trunk(spec.architecture, spec.builder_args)
+    trunk = timm_trunk(spec.architecture, spec.builder_args, to_be_loaded=not source.random)
     head = nn.Sequential(
         nn.Linear(1024, spec.dimension), nn.GELU(), nn.Linear(spec.dimension, spec.dimension)
     )

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from bagscope.errors import EncoderUnavailable
 from bagscope.features.encoders.registry import Registered, find_encoder
+from bagscope.features.encoders.spec import EncoderSpec
 from bagscope.features.encoders.weights import WeightSource, weights_sha256
+from bagscope.specs import parse_spec
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from bagscope.features.encoders.spec import EncoderSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +43,14 @@ def load_encoder(
         stain: stain normalisation to put before it.
 
     Raises:
-        ConfigError: no such encoder.
+        ConfigError: no such encoder, or no such stain normalisation.
         EncoderUnavailable: weights or a package missing; says what to do.
     """
     found = find_encoder(name)
-    spec = found.spec.model_copy(update={"stain": stain}) if stain != "none" else found.spec
+    spec = found.spec
+    if stain != "none":
+        changed = {**spec.model_dump(), "stain": stain}
+        spec = parse_spec(EncoderSpec, changed, where=f"encoder {spec.name}")
     source = source or WeightSource()
     require_buildable(spec, source)
     network = _built(found, spec, source).eval()
@@ -81,9 +84,10 @@ def _built(found: Registered, spec: EncoderSpec, source: WeightSource) -> nn.Mod
     try:
         return found.build(spec, source)
     except ModuleNotFoundError as error:
+        module = (error.name or str(error)).partition(".")[0]
         raise EncoderUnavailable(
-            f"encoder {spec.name}: needs the package {error.name}; run pip install "
-            f"'{_installs(error.name or '')}'"
+            f"encoder {spec.name}: needs the package {module}; run pip install "
+            f"'{_installs(module)}'"
         ) from error
 
 

@@ -140,7 +140,7 @@ def build(spec: EncoderSpec, source: WeightSource) -> nn.Module:
         without_classifier,
     )
 
-    trunk = timm_trunk(spec.architecture, spec.builder_args)
+    trunk = timm_trunk(spec.architecture, spec.builder_args, to_be_loaded=not source.random)
     if not source.random:
         assert spec.weights_file is not None
         state = read_state_dict(Path(spec.weights_file), what=spec.name)
