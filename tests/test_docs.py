@@ -20,6 +20,7 @@ __all__ = ["bagscope", "slides", "slides_once"]
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 VERBS = {command.callback.__name__ for command in app.registered_commands if command.callback}
+VERBS |= {str(group.name) for group in app.registered_groups}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

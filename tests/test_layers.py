@@ -18,7 +18,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ("errors", "artifacts", "specs", "cohort", "wsi", "features", "mil", "heatmaps")
 TOP = (*ROOMS, "pipeline", "cli")
 HEAVY = ("torch", "scipy", "cv2", "pandas")
-VERBS = ("init", "scan", "tile", "run", "demo", "doctor")
+VERBS = (
+    "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor",
+)  # fmt: skip
 
 
 def room_of(path: Path) -> str:

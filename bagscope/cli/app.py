@@ -12,13 +12,16 @@ from typing import Annotated
 import typer
 
 from bagscope import __version__
+from bagscope.cli.convert import convert
 from bagscope.cli.demo import demo
 from bagscope.cli.doctor import doctor
+from bagscope.cli.encoders import encoders
 from bagscope.cli.extract import extract
 from bagscope.cli.init import init
 from bagscope.cli.run import run
 from bagscope.cli.scan import scan
 from bagscope.cli.tile import tile
+from bagscope.cli.verify import verify
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
 
 app = typer.Typer(
@@ -46,8 +49,9 @@ def _root(
     """Hold the options that come before a verb."""
 
 
-for verb in (init, scan, tile, extract, run, demo, doctor):
+for verb in (init, scan, tile, extract, convert, verify, run, demo, doctor):
     app.command()(verb)
+app.add_typer(encoders, name="encoders")
 
 
 def main() -> None:

@@ -110,11 +110,18 @@ def test_a_table_that_does_not_fit_is_refused(
 def test_run_does_what_the_study_says(bagscope: Command, slides: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     bagscope("init", study, "--slides", slides)
-    (study / "study.yaml").write_text("tiling: {mpp: 1.0, tile_px: 128, coarser_mpp: [2.0]}\n")
+    (study / "study.yaml").write_text(
+        "tiling: {mpp: 1.0, tile_px: 128, coarser_mpp: [2.0]}\n"
+        "features: {encoders: [color-texture]}\n"
+    )
     ran = bagscope("run", study)
     assert ran.code == 0
-    made = sorted(p.relative_to(study / "tilings").as_posix() for p in study.rglob("a.h5"))
-    assert made == ["1.00mpp_128px/a.h5", "2.00mpp_128px_over_1.00mpp/a.h5"]
+    made = sorted(p.relative_to(study).as_posix() for p in study.rglob("a.h5"))
+    assert made == [
+        "features/1.00mpp_128px/color-texture/a.h5",
+        "tilings/1.00mpp_128px/a.h5",
+        "tilings/2.00mpp_128px_over_1.00mpp/a.h5",
+    ]
 
 
 def test_slurm_prints_a_script_that_bash_accepts(
