@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagscope.artifacts import sweep_temporaries
 from bagscope.cohort.jobs import Failure, RunReport
 from bagscope.cohort.progress import Progress, Reporter, RunFinished, RunStarted, SlideFinished
 from bagscope.cohort.table import SlideRow, load_cohort
@@ -99,6 +100,7 @@ def convert(request: ConvertRequest, report: Reporter) -> Converted:
     )
 
     _check(request)
+    sweep_temporaries(request.dest)
     rows = _rows(request.slides)
     if request.to == OURS:
         found = recognise(request.source)
@@ -139,8 +141,7 @@ def convert(request: ConvertRequest, report: Reporter) -> Converted:
 
 def _check(request: ConvertRequest) -> None:
     if request.to not in LAYOUTS:
-        hint = did_you_mean(request.to, LAYOUTS)
-        raise ConfigError(f"--to is {request.to!r}{hint}; choose one of {', '.join(LAYOUTS)}")
+        raise ConfigError(f"--to is {request.to!r}{did_you_mean(request.to, LAYOUTS)}")
     if request.dtype is not None and request.dtype not in DTYPES:
         raise ConfigError(f"--dtype is {request.dtype!r}; choose one of {', '.join(DTYPES)}")
     if request.to != OURS:

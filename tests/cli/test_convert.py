@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from tests.cli.conftest import Ran, files_of, leftovers
 from tests.features.interop import layouts
 from tests.features.interop.layouts import truth
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "mil"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+REAL = Path(os.environ.get("BAGSCOPE_DATA", SHARED)) / "mil"
 
 
 def run(*arguments: object) -> Ran:

@@ -50,14 +50,13 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlideFacts:
-    """What an import takes from the slide itself: its pixel size, size and levels."""
+    """What an import takes from the slide itself: pixel size, size, levels, identity."""
 
     spacing: Spacing | None
     width_l0: int | None = None
     height_l0: int | None = None
     bounds_l0: RectL0 | None = None
     downsamples: tuple[float, ...] = ()
-    backend: str = ""
     identity: Mapping[str, int | str] | None = None
 
 
@@ -140,9 +139,8 @@ def load_tensor(path: Path) -> NDArray[Any]:
         )
     if not isinstance(value, torch.Tensor):
         raise SchemaError(f"{path}: holds {type(value).__name__}, expected one tensor (N, D)")
-    if value.dtype == torch.bfloat16:
-        value = value.float()
-    array: NDArray[Any] = value.detach().numpy()
+    with readable(path):
+        array: NDArray[Any] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     return array
 
 

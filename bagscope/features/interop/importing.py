@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import h5py
 
 from bagscope.artifacts import Json, portable_name_problem, require_same, sha256_of_file
 from bagscope.cohort.table import Cohort, SlideRow, load_cohort, write_cohort_csv
-from bagscope.errors import CohortError, FingerprintMismatch, SchemaError, SlideError
+from bagscope.errors import CohortError, ConfigError, FingerprintMismatch, SchemaError, SlideError
 from bagscope.features.feature_file import (
     UNKNOWN,
     FeatureHeader,
@@ -111,6 +112,7 @@ def import_features(
     """
     found = source if isinstance(source, Recognised) else recognise(source)
     find_spacing({}, override_mpp=mpp)
+    _require_distinct_ids(found)
     request = _Request(
         out=out, encoder=encoder, mpp=mpp, slides=slides, dtype=dtype, overwrite=overwrite
     )
@@ -122,6 +124,17 @@ def import_features(
     repeated = [f"{n} slides: {said}" for said, n in request.said.items() if n > 1]
     notes = [*found.notes, *repeated, *_write_labels(request)]
     return ConversionReport(layout=found.layout, outcomes=tuple(outcomes), notes=tuple(notes))
+
+
+def _require_distinct_ids(found: Recognised) -> None:
+    first: dict[str, Source] = {}
+    for source in found.sources:
+        other = first.setdefault(source.slide_id.casefold(), source)
+        if other is not source:
+            raise ConfigError(
+                f"{source.path}: {source.slide_id!r} and {other.slide_id!r} would be the same file "
+                "on some systems; rename one of them"
+            )
 
 
 def _import_one(source: Source, request: _Request) -> SlideOutcome:
@@ -253,9 +266,11 @@ def _slide_facts(source: Source, request: _Request) -> SlideFacts | None:
         return None if spacing is None else SlideFacts(spacing=spacing)
     row = request.slides.get(source.slide_id)
     if row is None:
+        near = difflib.get_close_matches(source.slide_id, request.slides, n=1)
+        hint = f" (the nearest is {near[0]!r})" if near else ""
         raise SlideError(
             f"{source.path}: no slide {source.slide_id!r} among the {len(request.slides)} of "
-            "--slides; add it there, or leave the file out"
+            f"--slides{hint}; add it there, or leave the file out"
         )
     mpp = request.mpp or row.mpp
     if not row.path.exists() and mpp is not None:
@@ -268,7 +283,6 @@ def _slide_facts(source: Source, request: _Request) -> SlideFacts | None:
             height_l0=info.height_l0,
             bounds_l0=info.bounds_l0,
             downsamples=tuple(level.downsample for level in info.levels),
-            backend=info.backend,
             identity=slide_identity(row.path),
         )
 

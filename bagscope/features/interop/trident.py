@@ -67,6 +67,7 @@ def read(source: Source, slide: SlideFacts | None) -> ForeignBag:
 
 def plan(bag: OurBag, out: Path) -> list[Path]:
     """Return the files that `write` makes: features, coordinates."""
+    coords_for(bag, "TRIDENT")
     mpp, tile_px = required(bag, "TRIDENT", "mpp", "tile_px")
     overlap_px = int(bag.attributes.get("overlap_px", 0))
     magnification = _as_whole(UM_X_MAGNIFICATION / mpp)

@@ -525,3 +525,33 @@ def test_recognised_sources_can_be_passed_on(tmp_path: Path) -> None:
     layouts.trident_features(tmp_path / "job", "a", truth())
     found = recognise(tmp_path / "job")
     assert import_features(found, tmp_path / "out").counts["done"] == 1
+
+
+def test_names_that_differ_by_case_only_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bags.csv").write_text("bag,f1\na,1\nA,2\n")
+    with pytest.raises(ConfigError, match="'A' and 'a' would be the same file"):
+        import_features(tmp_path / "bags.csv", tmp_path / "out")
+
+
+def test_a_name_that_can_not_be_a_file_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "bags.csv").write_text("bag,f1\na/b,1\nc,2\n")
+    report = import_features(tmp_path / "bags.csv", tmp_path / "out")
+    assert report.counts == {"done": 1, "skipped": 0, "failed": 1}
+    assert "'a/b' can't be a slide id" in report.failures[0].message
+
+
+def test_the_nearest_slide_of_the_table_is_named(tmp_path: Path) -> None:
+    layouts.trident_features(tmp_path / "job", "TCGA-01-DX1", truth())
+    rows = {n: SlideRow(slide_id=n, path=tmp_path, patient_id=n) for n in ("x", "TCGA-01-DX2")}
+    assert "'TCGA-01-DX2'" in failure(tmp_path / "job", tmp_path / "out", slides=rows)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_tensors_of_other_kinds(tmp_path: Path) -> None:
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (tmp_path / "clam").mkdir()
+    torch.save(values, tmp_path / "clam" / "a.pt")
+    file, _ = imported(tmp_path / "clam", tmp_path / "out", dtype="float32")
+    np.testing.assert_array_equal(file.features, values.float().numpy())
+    torch.save(values.to_sparse(), tmp_path / "clam" / "a.pt")
+    assert "can't be read" in failure(tmp_path / "clam", tmp_path / "other")
