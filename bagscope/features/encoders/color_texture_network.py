@@ -22,7 +22,8 @@ _RUIFROK = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 _STEPS = 64
 _LEVELS = 255
 
-_STAIN_EDGES = (0, 8, 16, 28, 44, 72, 160)
+_HAEMATOXYLIN_EDGES = (0, 8, 16, 28, 44, 72, 160)
+_PALE_EDGES = (0, 5, 10, 16, 23, 32, 64)
 _GREY_EDGES = (0, 43, 85, 128, 170, 213, _LEVELS)
 _STEP_EDGES = (0, 4, 12, 32, 96)
 _PARTS = 4
@@ -102,9 +103,9 @@ def _unmixing() -> list[list[int]]:
 def _colour(planes: Tensor) -> Iterator[Tensor]:
     # Every other row says as much of how the colours are spread, in half the time.
     rows = planes[:, :, ::2]
-    greys, stains = rows[:, :2].contiguous(), rows[:, 2:].contiguous()
-    yield _spread(greys, _GREY_EDGES)
-    yield _spread(stains, _STAIN_EDGES)
+    yield _spread(rows[:, :2].contiguous(), _GREY_EDGES)
+    yield _spread(rows[:, 2:3].contiguous(), _HAEMATOXYLIN_EDGES)
+    yield _spread(rows[:, 3:].contiguous(), _PALE_EDGES)
     mean = _total(planes) / _PIXELS
     deviation = (_mean_squares(planes) - mean**2).clamp_min(0).sqrt()
     yield deviation / 64

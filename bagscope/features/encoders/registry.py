@@ -35,6 +35,7 @@ ENTRY_POINT_GROUP = "bagscope.encoders"
 DEFAULT_ENCODER = "efficientnet-lite0"
 FAMILIES = (
     "clip",
+    "color_texture",
     "conch",
     "ctranspath",
     "dino",
