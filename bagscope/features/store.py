@@ -67,7 +67,7 @@ class SlideRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlideBag:
-    """The tiles of one slide, or some of them; arrays are read-only.
+    """The tiles of one slide, or some of them; arrays are read-only, but for a copy's features.
 
     Attributes:
         features: (n, D) float16 or float32.
@@ -150,7 +150,9 @@ class Backend(Protocol):
         """Return what is known of a slide."""
         ...
 
-    def features(self, slide_id: str, rows: NDArray[np.int64] | None) -> NDArray[Any]:
+    def features(
+        self, slide_id: str, rows: NDArray[np.int64] | None, *, copy: bool = False
+    ) -> NDArray[Any]:
         """Return the vectors of a slide (N, D), or of some of its rows (n, D)."""
         ...
 
@@ -216,10 +218,12 @@ class FeatureStore:
             )
         return record
 
-    def bag(self, slide_id: str, rows: Rows | None = None) -> SlideBag:
+    def bag(self, slide_id: str, rows: Rows | None = None, *, copy: bool = False) -> SlideBag:
         """Return a slide's bag, or the given rows of it in the given order.
 
-        Whole bags of a folder are views of their files and copy nothing.
+        Whole bags of a folder are views of their files and copy nothing; before Python 3.13 each
+        keeps its file open. With `copy` the features are read into memory of their own, which may
+        be written to.
 
         Raises:
             ArtifactError: no such slide.
@@ -228,7 +232,7 @@ class FeatureStore:
         """
         record = self.record(slide_id)
         if rows is None:
-            features = self._backend.features(slide_id, None)
+            features = self._backend.features(slide_id, None, copy=copy)
             coords_l0, grid, chosen = record.coords_l0, record.grid, None
         else:
             chosen = _row_numbers(rows, record)
@@ -237,7 +241,7 @@ class FeatureStore:
             grid = None if record.grid is None else record.grid[chosen]
         return SlideBag(
             slide_id=slide_id,
-            features=_read_only(features),
+            features=features if copy else _read_only(features),
             coords_l0=_read_only(coords_l0),
             grid=_read_only(grid),
             rows=_read_only(chosen),
@@ -374,10 +378,12 @@ class FolderBackend:
         """Return what the slide's file says of itself."""
         return self._opened(slide_id)[1]
 
-    def features(self, slide_id: str, rows: NDArray[np.int64] | None) -> NDArray[Any]:
+    def features(
+        self, slide_id: str, rows: NDArray[np.int64] | None, *, copy: bool = False
+    ) -> NDArray[Any]:
         """Return a view of all vectors, or a copy of some."""
         file, _ = self._opened(slide_id)
-        return file.features if rows is None else read_rows(file, rows)
+        return file.features if rows is None and not copy else read_rows(file, rows)
 
     def _opened(self, slide_id: str) -> tuple[FeatureFile, SlideRecord]:
         with self._lock:

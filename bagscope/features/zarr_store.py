@@ -146,8 +146,10 @@ class ZarrBackend:
             self._records[slide_id] = self._read_record(slide_id)
         return self._records[slide_id]
 
-    def features(self, slide_id: str, rows: NDArray[np.int64] | None) -> NDArray[Any]:
-        """Read all vectors of a slide, or some."""
+    def features(
+        self, slide_id: str, rows: NDArray[np.int64] | None, *, copy: bool = False
+    ) -> NDArray[Any]:
+        """Read all vectors of a slide, or some; a copy in any case."""
         array = self._array(f"features/{slide_id}")
         if rows is not None and not rows.size:
             return np.empty((0, array.shape[1]), array.dtype)
@@ -157,7 +159,7 @@ class ZarrBackend:
         from bagscope.features.store import SlideRecord
 
         array = self._array(f"features/{slide_id}")
-        known = dict(array.attrs)
+        known: dict[str, Any] = {**array.attrs}
         source = f"{self._location}/features/{slide_id}"
         if missing := [name for name in _RECORDED if name not in known]:
             raise SchemaError(f"{source}: lacks {', '.join(missing)}; write the store again")
@@ -287,7 +289,7 @@ def _read_marker(location: str) -> dict[str, Any]:
 
 def _file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system for a URL, and the path within it."""
-    from fsspec.core import url_to_fs
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
     try:
         files, path = url_to_fs(url)

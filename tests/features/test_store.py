@@ -70,17 +70,41 @@ def test_rows_that_are_not_there_are_refused(folder: Path, rows: Any) -> None:
         FeatureStore.open(folder).bag("a", rows)
 
 
+def not_in_memory(*_: Any) -> bool:
+    return False
+
+
+def test_rows_of_a_file_that_is_not_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_file, "_in_memory", not_in_memory)
+    rows = [5, 6, 7, 3, 599, 5]
+    bag = FeatureStore.open(folder).bag("a", rows)
+    np.testing.assert_array_equal(bag.features, vectors_of("a", 600)[rows])
+
+
 def test_a_read_that_stops_short_is_taken_up_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = os.preadv
 
-    def grudging(descriptor: int, buffers: list[Any], at: int) -> int:
-        return whole(descriptor, [buffers[0][:7]], at)
+    def grudging(descriptor: int, buffers: list[Any], at: int, *flags: int) -> int:
+        return whole(descriptor, [buffers[0][:7]], at, *flags)
 
     monkeypatch.setattr(os, "preadv", grudging)
-    bag = FeatureStore.open(folder).bag("a", [5, 6, 7, 3])
-    np.testing.assert_array_equal(bag.features, vectors_of("a", 600)[[5, 6, 7, 3]])
+    monkeypatch.setattr(feature_file, "_in_memory", not_in_memory)
+    opened, expected = FeatureStore.open(folder), vectors_of("a", 600)
+    np.testing.assert_array_equal(opened.bag("a", [5, 6, 3]).features, expected[[5, 6, 3]])
+    np.testing.assert_array_equal(opened.bag("a", copy=True).features, expected)
+
+
+def test_a_copy_is_the_callers_own(folder: Path) -> None:
+    opened = FeatureStore.open(folder)
+    bag = opened.bag("a", copy=True)
+    bag.features[:] = 0
+    np.testing.assert_array_equal(opened.bag("a").features, vectors_of("a", 600))
+    assert opened.bag("a", [1], copy=True).features.flags.writeable
+    assert len(opened.bag("c", copy=True)) == 0
 
 
 def test_a_file_that_shrinks_or_goes_while_it_is_open_is_named(tmp_path: Path) -> None:
