@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bagscope.artifacts import canonical_json
 from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import Job, StageResult
-from bagscope.errors import FingerprintMismatch, SlideError
+from bagscope.errors import FingerprintMismatch, ReadError, SlideError
 from bagscope.features.ring import RingWindow
 from bagscope.wsi.geometry import ReadPlan
 from bagscope.wsi.identity import slide_identity
@@ -216,4 +216,7 @@ def refuse_too_many_unreadable(tiles: TileFile, unreadable: int, problems: Seque
         ReadError: says how many, and the first cause.
     """
     allowed = float(tiles.fields.get("spec", {}).get("max_unreadable", 0.0))
-    refuse_if_unreadable(unreadable, len(tiles) - unreadable, allowed, tuple(problems))
+    try:
+        refuse_if_unreadable(unreadable, len(tiles) - unreadable, allowed, tuple(problems))
+    except ReadError as error:
+        raise ReadError(f"{tiles.slide_id}: {error}") from None
