@@ -169,6 +169,7 @@ def _import_one(source: Source, request: _Request) -> SlideOutcome:
         },
         weights_sha256=UNKNOWN,
         coords_l0=placed.coords_l0,
+        grid=placed.grid,
         tile=placed.tile,
         extra=placed.extra,
     )

@@ -15,6 +15,8 @@ from bagscope.features.interop.foreign import ForeignBag, SlideFacts
 from bagscope.wsi.slide import Spacing
 
 _BLOCK_ROWS = 4096
+# The corner in question and the lattice's first one may each be rounded by half a pixel.
+_LATTICE_TOLERANCE_PX = 1.0
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
 
@@ -25,12 +27,14 @@ class PlacedBag:
     Attributes:
         features: (N, D) float16 or float32.
         coords_l0: (N, 2) int32 top-left corners, None for a bag without places.
+        grid: (N, 2) int32 (column, row), None where the corners lie on no lattice.
         extra: `coords_source` and `tile_labels`, as far as they exist, in the same row order.
         tile: attributes of a feature file, as far as they are known.
     """
 
     features: NDArray[np.floating[Any]]
     coords_l0: NDArray[np.int32] | None
+    grid: NDArray[np.int32] | None
     extra: Mapping[str, NDArray[Any]]
     tile: Mapping[str, Any]
 
@@ -52,14 +56,18 @@ def place(path: Path, bag: ForeignBag, slide: SlideFacts | None) -> PlacedBag:
     if bag.tile_labels is not None:
         extra["tile_labels"] = _plain_numbers(bag.tile_labels)
     if bag.coords is None:
-        return PlacedBag(features=features, coords_l0=None, extra=extra, tile=tile)
-    corners = _corners_l0(path, bag, spacing, extent_l0, tile)
+        return PlacedBag(features=features, coords_l0=None, grid=None, extra=extra, tile=tile)
+    exact = _exact_corners_l0(path, bag, spacing, extent_l0)
+    corners = np.rint(exact).astype(np.int32)
+    _require_inside(path, corners, tile)
     order = np.lexsort((corners[:, 0], corners[:, 1]))
     _require_distinct(path, corners, order)
     extra["coords_source"] = _plain_numbers(bag.coords)
+    grid = _grid(exact, tile)
     return PlacedBag(
         features=features[order],
         coords_l0=corners[order],
+        grid=None if grid is None else grid[order],
         extra={name: values[order] for name, values in extra.items()},
         tile=tile,
     )
@@ -114,14 +122,10 @@ def _extent_l0(bag: ForeignBag, spacing: Spacing | None) -> float | None:
     return bag.tile_um / spacing.mpp
 
 
-def _corners_l0(
-    path: Path,
-    bag: ForeignBag,
-    spacing: Spacing | None,
-    extent_l0: float | None,
-    tile: Mapping[str, Any],
-) -> NDArray[np.int32]:
-    """Return (N, 2) int32 top-left corners in level-0 pixels, in the rows' own order."""
+def _exact_corners_l0(
+    path: Path, bag: ForeignBag, spacing: Spacing | None, extent_l0: float | None
+) -> NDArray[np.float64]:
+    """Return (N, 2) float64 top-left corners in level-0 pixels, in the rows' own order."""
     assert bag.coords is not None
     corners = np.asarray(bag.coords[:, :2], np.float64)
     if bag.frame == "corner_um":
@@ -140,9 +144,7 @@ def _corners_l0(
         raise SchemaError(
             f"{path}: coordinates of row {row} are {bag.coords[row, :2].tolist()}; extract again"
         )
-    rounded = np.rint(corners).astype(np.int32)
-    _require_inside(path, rounded, tile)
-    return rounded
+    return corners
 
 
 def _ask_for_mpp(path: Path, why: str) -> str:
@@ -174,6 +176,26 @@ def _require_distinct(path: Path, corners: NDArray[np.int32], order: NDArray[np.
             f"{path}: rows {one} and {other} lie in one place, "
             f"{tuple(placed[first].tolist())} in level-0 pixels; extract this slide again"
         )
+
+
+def _grid(exact: NDArray[np.float64], tile: dict[str, Any]) -> NDArray[np.int32] | None:
+    """Return (N, 2) int32 (column, row) where tiles lie on one lattice; state it in `tile`.
+
+    Tools that start a lattice per tissue region, as CLAM does, have none over the slide.
+    """
+    extent_l0, tile_px = tile.get("extent_l0"), tile.get("tile_px")
+    if not len(exact) or not extent_l0:
+        return None
+    overlap_px = tile.get("overlap_px", 0)
+    step_l0 = extent_l0 * (1 - overlap_px / tile_px) if tile_px else extent_l0
+    if step_l0 < 1:
+        return None
+    origin_l0 = exact.min(axis=0)
+    cells: NDArray[np.float64] = np.rint((exact - origin_l0) / step_l0)
+    if np.abs(origin_l0 + cells * step_l0 - exact).max() > _LATTICE_TOLERANCE_PX:
+        return None
+    tile |= {"origin_l0": origin_l0, "step_l0": step_l0}
+    return cells.astype(np.int32)
 
 
 def _tile_attributes(

@@ -40,6 +40,9 @@ def test_a_lattice_in_micrometres_stays_a_lattice(mpp: float, tile_um: int) -> N
     expected = exact[np.lexsort((exact[:, 0], exact[:, 1]))]
     # Half a pixel of rounding, and what float32 could not hold.
     assert np.abs(placed.coords_l0 - expected).max() <= 0.5 + expected.max() * 1e-6
+    assert placed.grid is not None
+    np.testing.assert_array_equal(placed.grid, [(x, y) for y in range(12) for x in range(12)])
+    assert placed.tile["step_l0"] == pytest.approx(tile_um / mpp)
     assert placed.tile["extent_l0"] == pytest.approx(tile_um / mpp)
     assert placed.tile["mpp_effective"] == pytest.approx(tile_um / 224)
 
@@ -120,3 +123,18 @@ def test_float16_fits_what_it_rounds_to_something_finite(value: float) -> None:
     with np.errstate(over="ignore"):
         rounded = np.float32(value).astype(np.float16)
     assert fits_float16(np.array([[0.0, value]], np.float32)) == bool(np.isfinite(rounded))
+
+
+def test_a_lattice_is_found_with_overlap_and_holes_and_not_made_up() -> None:
+    places = np.array([(3, 0), (1, 4), (0, 7), (5, 5)])
+    known = {"extent_l0": 512.0, "tile_px": 256, "overlap_px": 64}
+    bag = one(places * 384 + 1000, **known)
+    placed = place(HERE, bag, None)
+    assert placed.grid is not None
+    np.testing.assert_array_equal(placed.grid, places[[0, 1, 3, 2]])
+    assert placed.tile["origin_l0"].tolist() == [1000, 1000]
+    assert placed.tile["step_l0"] == 384.0
+    shifted = place(HERE, one(places * 384 + [[0, 0], [2, 0], [0, 0], [0, 0]], **known), None)
+    assert shifted.grid is None
+    assert "step_l0" not in shifted.tile
+    assert place(HERE, one(places * 384), None).grid is None
