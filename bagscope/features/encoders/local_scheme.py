@@ -67,7 +67,8 @@ def _described(description: Path, *, name: str, weights: Path | None) -> Registe
     try:
         values = yaml.safe_load(description.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: not readable as YAML ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not readable as YAML ({reason})") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected options such as architecture and input_px")
     values = {"source": "timm", **values, "name": f"local:{values.get('name', name)}"}
