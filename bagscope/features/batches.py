@@ -73,6 +73,9 @@ class Batcher(Generic[Owner]):
 
     def run(self) -> Iterator[Encoded[Owner]]:
         """Start the batch, padded where it is not full; yield the vectors of the one before."""
+        if not self._filling.filled:
+            yield from self.flush()
+            return
         batch, self._filling = self._filling, self._new_batch()
         batch.tiles[batch.filled :] = 0
         before, self._running = self._running, None
