@@ -17,6 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from bagscope.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,10 +65,28 @@ def cpu_policy() -> CpuPolicy:
     return CpuPolicy(bfloat16=usable, note=note)
 
 
-def choose_precision(wanted: Precision, device: torch.device) -> Precision:
-    """Return the arithmetic to encode with: the wanted one where the device does it well."""
-    if device.type != "cpu" or wanted == "float32":
-        return wanted
+def choose_precision(
+    own: Precision, device: torch.device, *, asked: Precision | None = None
+) -> Precision:
+    """Return the arithmetic to encode with.
+
+    Args:
+        own: what the encoder's authors use on a GPU; taken where the device does it well.
+        device: to encode on.
+        asked: what the user asked for, which goes before.
+
+    Raises:
+        ConfigError: float16 on a CPU.
+    """
+    if asked is not None:
+        if asked == "float16" and device.type == "cpu":
+            raise ConfigError(
+                "precision float16 runs hundreds of times slower on a CPU; choose float32, "
+                "bfloat16 or auto"
+            )
+        return asked
+    if device.type != "cpu" or own == "float32":
+        return own
     return "bfloat16" if cpu_policy().bfloat16 else "float32"
 
 

@@ -102,11 +102,11 @@ class EncoderSession:
         self.spec = encoder.spec
         self.device = require_device(device)
         self.tile_px = tile_px
-        self.precision = choose_precision(precision or self.spec.dtype, self.device)
+        self.precision = choose_precision(self.spec.dtype, self.device, asked=precision)
         self._dtype: torch.dtype = getattr(torch, self.precision)
         self._transform = TileTransform(self.spec)
         self._network = encoder.network.to(self.device).to(memory_format=torch.channels_last)
-        self._run: Callable[[torch.Tensor], torch.Tensor] = self._forward
+        self.run_ready: Callable[[torch.Tensor], torch.Tensor] = self._vectors
         self.is_compiled = False
         self.batch_size = batch_size or self._find_batch_size()
         self.seconds_per_tile = 0.0
@@ -142,7 +142,7 @@ class EncoderSession:
         import torch
 
         with torch.inference_mode():
-            vectors = self._run(tiles.to(self.device, non_blocking=True))
+            vectors = self.run_ready(self.ready(tiles.to(self.device, non_blocking=True)))
             if self.device.type != "cuda":
                 return Pending(output=vectors.float().cpu(), done=lambda: None)
             output = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
@@ -182,13 +182,13 @@ class EncoderSession:
 
     # --- finding out --------------------------------------------------------------------------
 
-    def _forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        return self._vectors(self._transform.to_input_u8(tiles))
+    def ready(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return tiles as the network takes them: (B, 3, input_px, input_px), normalised."""
+        return self._transform(tiles, self._dtype)
 
-    def _vectors(self, images: torch.Tensor) -> torch.Tensor:
+    def _vectors(self, inputs: torch.Tensor) -> torch.Tensor:
         import torch
 
-        inputs = self._transform.normalise(images, self._dtype)
         if self.precision == "float32":
             return pool(self._network(inputs), self.spec)
         with torch.autocast(self.device.type, self._dtype):
@@ -201,7 +201,7 @@ class EncoderSession:
             self.crosses_slides = self._checked_within_memory()
 
     def _compile(self) -> bool:
-        """Compile normalisation, network and pooling; return whether that worked and is right."""
+        """Compile network and pooling; return whether that worked and is right."""
         import torch
 
         if self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -209,13 +209,7 @@ class EncoderSession:
             return False
         tiles = self._trial_tiles()
         expected = self.encode(tiles)
-        fast: Any = torch.compile(self._vectors, dynamic=False)
-
-        def run(tiles: torch.Tensor) -> torch.Tensor:
-            vectors: torch.Tensor = fast(self._transform.to_input_u8(tiles))
-            return vectors
-
-        self._run = run
+        self.run_ready = torch.compile(self._vectors, dynamic=False)
         try:
             with _frozen_weights():
                 found = self.encode(tiles)
@@ -225,11 +219,11 @@ class EncoderSession:
                 self.spec.name,
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             )
-            self._run = self._forward
+            self.run_ready = self._vectors
             return False
         if _least_cosine(expected, found) < _LEAST_COSINE:
             _log.warning("encoder %s compiles to other numbers; runs uncompiled", self.spec.name)
-            self._run = self._forward
+            self.run_ready = self._vectors
             return False
         return True
 
