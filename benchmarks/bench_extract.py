@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +52,18 @@ TILE_PX, INPUT_PX, BATCH = 256, 224, 32
 NETWORKS = {"resnet18": 512, "vit_tiny_patch16_224": 192}
 GOALS = {"resnet18": 4.0, "vit_tiny_patch16_224": 3.0}
 LEAST_COSINE = 0.99
+SMALL_AND_LARGE = (5_000, 100_000)
+MEMORY_SCRIPT = """
+import resource
+from pathlib import Path
+from bagscope.cohort.progress import SilentReporter
+from bagscope.pipeline.extract import extract_cohort
+from bagscope.pipeline.study import open_study
+features = {{"encoders": ["color-texture"], "device": "cpu", "batch_size": 64}}
+study = open_study(Path("{study}"), {{"tiling": {options}, "features": features}})
+report = extract_cohort(study, SilentReporter()).report
+print(report.tiles, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
 
 
 def build_study(folder: Path, tiles: int) -> tuple[Path, TileFile, Path]:
@@ -115,8 +128,15 @@ def run_loop(data: FieldLoop, network: torch.nn.Module) -> NDArray[np.float32]:
 class Engine:
     """The engine on one slide, session and readers at hand."""
 
-    def __init__(self, session: EncoderSession, slide: Path, tile_path: Path, out: Path) -> None:
-        self.session, self.out = session, out
+    def __init__(
+        self,
+        session: EncoderSession,
+        slide: Path,
+        tile_path: Path,
+        out: Path,
+        slide_id: str = "a",
+    ) -> None:
+        self.out, self.slide_id = out, slide_id
         self.task = ExtractTask(slide_path=slide, tile_path=tile_path)
         ring = TileRing(slots=8, rows=64, tile_px=TILE_PX)
         self.executor = ExtractExecutor(
@@ -130,9 +150,8 @@ class Engine:
 
     def run(self) -> None:
         """Extract the slide anew."""
-        for path in self.out.glob("*.h5"):
-            path.unlink()
-        self.executor.start(Job(slide_id="a", payload=self.task))
+        (self.out / f"{self.slide_id}.h5").unlink(missing_ok=True)
+        self.executor.start(Job(slide_id=self.slide_id, payload=self.task))
         ended = self.executor.wait(600.0)
         while not ended:
             ended = self.executor.wait(600.0)
@@ -140,7 +159,7 @@ class Engine:
 
     def vectors(self) -> NDArray[np.float32]:
         """Return what was stored."""
-        return np.asarray(read_feature_file(self.out / "a.h5").features, np.float32)
+        return np.asarray(read_feature_file(self.out / f"{self.slide_id}.h5").features, np.float32)
 
 
 def rate(work: Callable[[], object], tiles: int) -> float:
@@ -242,6 +261,84 @@ def bench_feed(slide: Path, tiles: TileFile, rounds: int) -> list[recording.Row]
     ]
 
 
+def bench_memory(folder: Path) -> list[recording.Row]:
+    """Return how much more memory twenty times as many tiles take, in processes of their own."""
+    slide = folder / "memory" / "a.svs"
+    slide.parent.mkdir()
+    spec = SyntheticSpec(width_px=8192, height_px=8192, mpp=0.5, seed=1, tissue_fraction=0.6)
+    write_slide(slide, spec, threads=2)
+    peaks = []
+    for tiles in SMALL_AND_LARGE:
+        study = folder / f"memory_{tiles}"
+        options = {"tile_px": 64, "overlap_px": 46, "max_tiles": tiles, "min_sharpness": 0}
+        init_study(study, str(slide.parent))
+        tile_cohort(open_study(study, {"tiling": options}), SilentReporter())
+        script = MEMORY_SCRIPT.format(study=str(study), options=options)
+        ran = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        made, peak_kib = map(int, ran.stdout.split())
+        assert made == tiles, f"{made} tiles in place of {tiles}"
+        peaks.append(peak_kib / 1024)
+    small, large = SMALL_AND_LARGE
+    return [
+        recording.Row(f"peak memory, {small:,} tiles", peaks[0], "MiB"),
+        recording.Row(f"peak memory, {large:,} tiles", peaks[1], "MiB"),
+        recording.Row("peak memory, large ÷ small", peaks[1] / peaks[0], "×", at_most=1.05),
+    ]
+
+
+def bench_bfloat16(folder: Path) -> list[recording.Row]:
+    """Return how near bfloat16 features are to float32, and what a linear probe makes of both."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+
+    from bagscope.features.encoders.loading import load_encoder
+    from bagscope.wsi.synthetic import write_cohort
+
+    write_cohort(folder / "cohort", slides=16, positives=8, size_px=3072, seed=3, workers=2)
+    init_study(folder / "probe", str(folder / "cohort" / "cohort.csv"))
+    study = open_study(folder / "probe", {"tiling": {"max_tiles": 24}})
+    tile_cohort(study, SilentReporter())
+    vectors: dict[str, list[NDArray[np.float32]]] = {"float32": [], "bfloat16": []}
+    rows = study.cohort().rows
+    for precision in vectors:
+        session = EncoderSession(
+            load_encoder("efficientnet-lite0"),
+            device="cpu",
+            tile_px=TILE_PX,
+            precision=precision,  # type: ignore[arg-type]
+            batch_size=BATCH,
+        )
+        for row in rows:
+            (path,) = (folder / "probe" / "tilings").rglob(f"{row.slide_id}.h5")
+            engine = Engine(session, row.path, path, folder / precision, slide_id=row.slide_id)
+            engine.run()
+            engine.executor.close()
+            vectors[precision].append(engine.vectors())
+    exact, short = (np.concatenate(vectors[name]) for name in ("float32", "bfloat16"))
+    norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(short, axis=1)
+    cosine = (exact * short).sum(axis=1) / norms
+    labels = np.array([row.columns["label"] for row in rows])
+    scores = {
+        name: float(
+            cross_val_score(
+                LogisticRegression(C=0.01, max_iter=2000),
+                np.stack([part.mean(axis=0) for part in parts]),
+                labels,
+                cv=4,
+            ).mean()
+        )
+        for name, parts in vectors.items()
+    }
+    return [
+        recording.Row("bfloat16: mean cosine to float32", float(cosine.mean()), "", at_least=0.999),
+        recording.Row("bfloat16: least cosine to float32", float(cosine.min()), ""),
+        recording.Row("linear probe, slides, float32", scores["float32"], "accuracy"),
+        recording.Row("linear probe, slides, bfloat16", scores["bfloat16"], "accuracy"),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -251,9 +348,10 @@ def main() -> None:
     arguments = parser.parse_args()
     print(cpu_policy().note)
     with tempfile.TemporaryDirectory() as folder:
+        rows = bench_memory(Path(folder)) + bench_bfloat16(Path(folder))
         slide, tiles, tile_path = build_study(Path(folder), arguments.tiles)
         print(f"{len(tiles)} tiles")
-        rows = bench_feed(slide, tiles, arguments.rounds)
+        rows += bench_feed(slide, tiles, arguments.rounds)
         for name in NETWORKS:
             rows += bench_network(
                 name,

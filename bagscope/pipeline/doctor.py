@@ -153,7 +153,12 @@ def _compute(problems: list[str]) -> dict[str, str]:
     except ImportError as error:
         problems.append(f"PyTorch can't be loaded ({error}); run pip install torch")
         return {"torch": "missing"}
-    found: dict[str, Any] = {"torch threads": str(torch.get_num_threads())}
+    from bagscope.features.precision import cpu_policy
+
+    found: dict[str, Any] = {
+        "torch threads": str(torch.get_num_threads()),
+        "arithmetic": cpu_policy().note,
+    }
     cuda = torch.cuda.is_available()
     if cuda:
         for index in range(torch.cuda.device_count()):
