@@ -71,9 +71,9 @@ accepted, because they name several embeddings, but the right one is suggested.
 ## Weights
 
 Weights are taken from `--weights DIR` (`DIR/<encoder>/<file>`, as `encoders fetch` lays them), else
-from the hub's cache, else they are downloaded. safetensors are preferred; other checkpoints are read without running
-anything in them, and one that holds Python code is refused. Every key and every shape has to fit.
-With `HF_HUB_OFFLINE=1` nothing is downloaded.
+from the hub's cache, else they are downloaded; with `HF_HUB_OFFLINE=1` nothing is. safetensors are
+preferred; other checkpoints are read without running anything in them, and one that holds Python
+code is refused. Every key and every shape has to fit.
 
 ## Any model of timm
 

@@ -42,6 +42,43 @@ PUBLISHED_SIZE = {
     "ctranspath": 28,
     "plip": 88,
 }
+# As the cards and the tools that use them state: length of the vector, edge of the input, resize
+# before a crop, interpolation, first of the means, recommended edge of a tile.
+STATED = {
+    "uni": (1024, 224, None, "bilinear", 0.485, 256),
+    "uni2-h": (1536, 224, None, "bilinear", 0.485, 256),
+    "conch-v1": (512, 448, None, "bicubic", 0.48145466, 512),
+    "conch-v1.5": (768, 448, None, "bilinear", 0.485, 512),
+    "virchow": (2560, 224, None, "bicubic", 0.485, 224),
+    "virchow2": (2560, 224, None, "bicubic", 0.485, 224),
+    "virchow2-cls": (1280, 224, None, "bicubic", 0.485, 224),
+    "gigapath": (1536, 224, 256, "bicubic", 0.485, 256),
+    "h-optimus-0": (1536, 224, None, "bilinear", 0.707223, 224),
+    "h-optimus-1": (1536, 224, None, "bilinear", 0.707223, 224),
+    "h0-mini": (768, 224, None, "bicubic", 0.707223, 224),
+    "h0-mini-cls-mean": (1536, 224, None, "bicubic", 0.707223, 224),
+    "phikon": (768, 224, None, "bilinear", 0.485, 224),
+    "phikon-v2": (1024, 224, None, "bilinear", 0.485, 224),
+    "kaiko-vits8": (384, 224, None, "bilinear", 0.5, 256),
+    "kaiko-vitb16": (768, 224, None, "bilinear", 0.5, 256),
+    "kaiko-vitl14": (1024, 224, None, "bilinear", 0.5, 256),
+    "midnight-12k": (3072, 224, None, "bilinear", 0.5, 224),
+    "openmidnight": (1536, 224, None, "bilinear", 0.485, 224),
+    "gpfm": (1024, 224, None, "bicubic", 0.485, 224),
+    "hibou-b": (768, 224, None, "bicubic", 0.7068, 224),
+    "hibou-l": (1024, 224, None, "bicubic", 0.7068, 224),
+    "lunit-vits8": (384, 224, None, "bicubic", 0.70322989, 224),
+    "ctranspath": (768, 224, None, "bilinear", 0.485, 256),
+    "musk": (1024, 384, None, "bicubic", 0.5, 384),
+    "musk-ms": (2048, 384, None, "bicubic", 0.5, 384),
+    "keep": (768, 224, None, "bicubic", 0.485, 256),
+    "plip": (512, 224, None, "bicubic", 0.48145466, 224),
+    "quiltnet-b16-pmb": (512, 224, None, "bicubic", 0.48145466, 224),
+    "genbio-pathfm": (4608, 224, None, "bilinear", 0.697, 224),
+    "pathorchestra": (1024, 224, None, "bilinear", 0.485, 256),
+    "mstar": (1024, 224, None, "bilinear", 0.485, 256),
+    "resnet50-trunc": (1024, 224, None, "bilinear", 0.485, 256),
+}
 TOKENS = ("token", "token+mean", "mean")
 
 
@@ -124,6 +161,14 @@ def test_facts_are_complete_and_hold_together(name: str) -> None:
         )
     if not spec.licence:
         assert spec.commercial_use is None
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_facts_are_those_that_are_stated(name: str) -> None:
+    spec = SPECS[name]
+    seen = (spec.dimension, spec.input_px, spec.resize_px, spec.interpolation)
+    assert (*seen, spec.mean[0], spec.tile_px) == STATED[name]
+    assert spec.mpp == (1.0 if name == "ctranspath" else 0.5)
 
 
 def test_names_of_one_network_share_its_weights_and_differ_in_their_vector() -> None:
