@@ -4,8 +4,8 @@
 row costs what it weighs. A CRC per 256 rows locates damage, and a hash of the whole file finds any.
 Datasets and attributes are listed in docs/formats.md.
 
-HDF5 lays the file out with room for every row; rows are then written to their place directly, so
-that memory stays bounded and a full disk is a plain error.
+HDF5 lays the file out in memory, with room for every row that takes none; rows are then written to
+their place directly, so that memory stays bounded and a full disk is a plain error.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class FeatureWriter:
         self._descriptor = -1
         self._temporary = self._stack.enter_context(atomic_file(path))
         try:
-            self._offset = lay_out(self._temporary, header, self._shape, self._dtype)
+            self._places = lay_out(self._temporary, header, self._shape, self._dtype)
             self._descriptor = os.open(self._temporary, os.O_RDWR)
         except BaseException as error:
             self._give_up(error)
@@ -166,9 +166,7 @@ class FeatureWriter:
                 )
             if readable is not None and not readable.all():
                 self._leave_out(readable)
-            write_checksums(
-                self._temporary, self._descriptor, self._offset, self._shape, self._dtype
-            )
+            write_checksums(self._descriptor, self._places, self._shape, self._dtype)
             seal_file(self._temporary)
             step("features-written")
         except BaseException as error:
@@ -191,7 +189,7 @@ class FeatureWriter:
             raise error
 
     def _row_offset(self, row: int) -> int:
-        return self._offset + row * self._shape[1] * self._dtype.itemsize
+        return self._places.features + row * self._shape[1] * self._dtype.itemsize
 
     def _leave_out(self, readable: NDArray[np.bool_]) -> None:
         """Lay the file out anew for fewer rows; those that stay move forward."""
@@ -203,10 +201,10 @@ class FeatureWriter:
             extra={name: array[readable] for name, array in header.extra.items()},
         )
         # The open descriptor keeps the old file readable after the new one took its name.
-        old, old_offset = self._descriptor, self._offset
+        old, old_offset = self._descriptor, self._places.features
         self._temporary.unlink()
         self._shape = (int(np.count_nonzero(readable)), self._shape[1])
-        self._offset = lay_out(self._temporary, compact, self._shape, self._dtype)
+        self._places = lay_out(self._temporary, compact, self._shape, self._dtype)
         self._descriptor = os.open(self._temporary, os.O_RDWR)
         self._stack.callback(os.close, self._descriptor)
         row_bytes = self._shape[1] * self._dtype.itemsize

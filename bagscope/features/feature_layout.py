@@ -6,14 +6,15 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from bagscope import __version__
-from bagscope.artifacts import SEAL_BLANK, canonical_json, fingerprint, step
+from bagscope.artifacts import SEAL_BLANK, canonical_json, fingerprint
+from bagscope.wsi.hdf5_image import SparseImage
 
 if TYPE_CHECKING:
     from bagscope.features.feature_file import FeatureHeader
@@ -49,24 +50,24 @@ class Float16Overflow(Exception):
     """A value does not fit into float16: the slide is to be stored as float32."""
 
 
-def lay_out(path: Path, header: FeatureHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> int:
-    """Write the file with room for the vectors; return where in the file they begin.
+class Places(NamedTuple):
+    """Where in a file the vectors and their checksums begin."""
+
+    features: int
+    crc32: int
+
+
+def lay_out(
+    path: Path, header: FeatureHeader, shape: tuple[int, int], dtype: np.dtype[Any]
+) -> Places:
+    """Write a new file with room for the vectors; return where they belong.
 
     Raises:
         OSError: the disk is full.
     """
-    try:
-        return _lay_out(path, header, shape, dtype)
-    except RuntimeError as error:
-        # How HDF5 puts it when the disk is full by the time it closes the file.
-        raise OSError(" ".join(str(error).split())) from error
-
-
-def _lay_out(
-    path: Path, header: FeatureHeader, shape: tuple[int, int], dtype: np.dtype[Any]
-) -> int:
+    image = SparseImage()
     with h5py.File(
-        path, "w", libver=("earliest", "v110"), alignment_threshold=65536, alignment_interval=4096
+        image, "w", libver=("earliest", "v110"), alignment_threshold=65536, alignment_interval=4096
     ) as file:
         for name, value in _attributes(header, dtype).items():
             file.attrs[name] = value
@@ -76,11 +77,12 @@ def _lay_out(
             file.create_dataset("grid", data=header.grid, dtype=np.int32)
         for name, array in header.extra.items():
             file.create_dataset(name, data=array)
-        step("mid-write")
         _allocate(file, "crc32", (-(-shape[0] // CRC_ROWS),), np.dtype(np.uint32))
         _allocate(file, "features", shape, dtype)
-        offset = file["features"].id.get_offset()
-    return 0 if offset is None else int(offset)
+        # Nothing of no rows, or no columns, has a place.
+        offsets = [file[name].id.get_offset() or 0 for name in ("features", "crc32")]
+    image.write_to(path)
+    return Places(*offsets)
 
 
 def _attributes(header: FeatureHeader, dtype: np.dtype[Any]) -> dict[str, Any]:
@@ -157,18 +159,15 @@ def write_at(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def write_checksums(
-    path: Path, descriptor: int, offset: int, shape: tuple[int, int], dtype: np.dtype[Any]
+    descriptor: int, places: Places, shape: tuple[int, int], dtype: np.dtype[Any]
 ) -> None:
     """Fill in the CRC of every 256 rows."""
-    if 0 in shape:
+    if not shape[0]:
         return
-    with h5py.File(path, "r") as file:
-        place = file["crc32"].id.get_offset()
     row_bytes = shape[1] * dtype.itemsize
     values = []
     for start in range(0, shape[0], CRC_ROWS):
         count = min(CRC_ROWS, shape[0] - start)
-        values.append(
-            zlib.crc32(os.pread(descriptor, count * row_bytes, offset + start * row_bytes))
-        )
-    write_at(descriptor, bytes_of(np.array(values, "<u4")), place)
+        at = places.features + start * row_bytes
+        values.append(zlib.crc32(os.pread(descriptor, count * row_bytes, at)))
+    write_at(descriptor, bytes_of(np.array(values, "<u4")), places.crc32)

@@ -25,9 +25,9 @@ from bagscope.artifacts import (
     canonical_json,
     fingerprint,
     seal_file,
-    step,
 )
 from bagscope.errors import ArtifactError, SchemaError
+from bagscope.wsi.hdf5_image import SparseImage
 from bagscope.wsi.slide import RectL0, Spacing
 
 if TYPE_CHECKING:
@@ -109,20 +109,21 @@ def write_tile_file(
 
     `summary` is kept as it is given: what a report says of the slide without opening its arrays.
     """
+    image = SparseImage()
+    with h5py.File(image, "w") as file:
+        _write_attributes(file, tiles, slide_id, fields, tissue_method)
+        file.attrs["summary"] = canonical_json(summary).decode()
+        coords = file.create_dataset("coords", data=tiles.coords_l0, dtype=np.int32)
+        _write_trident_attributes(coords, tiles, slide_id)
+        file.create_dataset("grid", data=tiles.grid, dtype=np.int32)
+        for name in ("tissue", "pen", "fold", "sharpness"):
+            file.create_dataset(name, data=getattr(tiles, name), dtype=np.float32)
+        if tiles.parent is not None:
+            file.create_dataset("parent", data=tiles.parent, dtype=np.int32)
+        outline = np.frombuffer(outline_geojson.encode(), np.uint8)
+        file.create_dataset("outline_geojson", data=outline)
     with atomic_file(path) as temporary:
-        with h5py.File(temporary, "w") as file:
-            _write_attributes(file, tiles, slide_id, fields, tissue_method)
-            file.attrs["summary"] = canonical_json(summary).decode()
-            coords = file.create_dataset("coords", data=tiles.coords_l0, dtype=np.int32)
-            _write_trident_attributes(coords, tiles, slide_id)
-            step("mid-write")
-            file.create_dataset("grid", data=tiles.grid, dtype=np.int32)
-            for name in ("tissue", "pen", "fold", "sharpness"):
-                file.create_dataset(name, data=getattr(tiles, name), dtype=np.float32)
-            if tiles.parent is not None:
-                file.create_dataset("parent", data=tiles.parent, dtype=np.int32)
-            outline = np.frombuffer(outline_geojson.encode(), np.uint8)
-            file.create_dataset("outline_geojson", data=outline)
+        image.write_to(temporary)
         seal_file(temporary)
 
 
