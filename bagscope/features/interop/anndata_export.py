@@ -17,7 +17,7 @@ from bagscope.errors import ConfigError
 from bagscope.features.interop.writing import OurBag
 
 if TYPE_CHECKING:
-    from anndata import AnnData  # type: ignore[import-untyped]
+    from anndata import AnnData  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 
 def require_anndata() -> None:
@@ -27,7 +27,7 @@ def require_anndata() -> None:
         ConfigError: with the line that installs it.
     """
     try:
-        import anndata  # noqa: F401
+        import anndata  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             "writing AnnData needs the package anndata; pip install anndata"
@@ -54,7 +54,7 @@ def write(bag: OurBag, out: Path) -> None:
 def write_zarr(bag: OurBag, out: Path) -> None:
     """Write a bag as an AnnData Zarr, in version 2, which old and new tools read."""
     import zarr
-    from anndata.io import write_elem  # type: ignore[import-untyped]
+    from anndata.io import write_elem  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     (path,) = plan_zarr(bag, out)
     fields = {"stage": "export", "source_sha256": bag.file.sha256}

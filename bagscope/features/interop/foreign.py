@@ -9,8 +9,6 @@ Frames:
 from __future__ import annotations
 
 import contextlib
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from bagscope.errors import SchemaError
+from bagscope.errors import BagscopeError, SchemaError
 from bagscope.wsi.slide import RectL0, Spacing
 
 Frame = Literal["corner_l0", "corner_um", "centre_l0"]
@@ -108,16 +106,10 @@ def readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+    except BagscopeError:
+        raise
+    # Parsers raise whatever comes to hand on damaged bytes: TokenError, struct.error, zlib.error.
+    except Exception as error:
         said = " ".join(str(error).split())[:160] or type(error).__name__
         raise SchemaError(f"{path}: can't be read ({said}); get or make the file again") from error
 

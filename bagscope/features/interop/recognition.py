@@ -147,6 +147,11 @@ def _in_folder(folder: Path) -> Recognised:
         taken = {s.companions["features"] for s in found if "features" in s.companions}
         found = [source for source in found if source.path not in taken]
         layouts = {source.layout for source in found} - {"unreadable"}
+    if layouts and layouts <= {"clam", "trident"}:
+        # Their coordinates lie in a folder of that name, and a slide that needs them will say so.
+        sound = [s for s in found if s.layout != "unreadable" or s.path.parent.name != "patches"]
+        left_out["coordinates"] += len(found) - len(sound)
+        found = sound
     if not found:
         reason = left_out.most_common(1)[0][0] if left_out else "unknown"
         said = _WITHOUT_FEATURES[reason] if left_out else "holds no h5, pt or npz files"
@@ -161,6 +166,7 @@ def _in_folder(folder: Path) -> Recognised:
     notes = [
         f"{count} files left out: each {_WITHOUT_FEATURES[content]}"
         for content, count in sorted(left_out.items())
+        if count
     ]
     return Recognised(layout=layout, sources=tuple(chosen), notes=tuple(notes))
 

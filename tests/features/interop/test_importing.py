@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from bagscope.artifacts import sha256_of_file
 from bagscope.cohort.table import SlideRow, load_cohort
-from bagscope.errors import ConfigError, SpacingError
+from bagscope.errors import BagscopeError, ConfigError, SpacingError
 from bagscope.features.feature_file import FeatureFile, read_feature_file
 from bagscope.features.interop import ConversionReport, import_features, recognise
 from tests.builders import build_svs
@@ -555,3 +556,68 @@ def test_tensors_of_other_kinds(tmp_path: Path) -> None:
     np.testing.assert_array_equal(file.features, values.float().numpy())
     torch.save(values.to_sparse(), tmp_path / "clam" / "a.pt")
     assert "can't be read" in failure(tmp_path / "clam", tmp_path / "other")
+
+
+def build(layout: str, folder: Path) -> None:
+    """Write one slide in a layout."""
+    made = truth()
+    if layout == "clam":
+        layouts.clam_patches(folder, "a", made.corners)
+        layouts.clam_features(folder, "a", made)
+    elif layout == "trident":
+        layouts.trident_features(folder, "a", made)
+    elif layout == "stamp":
+        layouts.stamp_features(folder, "a", made, mpp=MPP)
+    elif layout == "slideflow":
+        layouts.slideflow_bag(folder, "a", made, tile_um=128, extent_l0=512)
+    elif layout == "atlaspatch":
+        layouts.atlaspatch_file(folder, "a", made, {"uni_v1": made.features})
+    elif layout == "hs2p":
+        layouts.hs2p_tiles(folder, "a", made.corners, vectors=made.features)
+    elif layout == "torchmil":
+        layouts.torchmil_bag(folder, "a", made, label=1)
+    else:
+        folder.mkdir(parents=True)
+        np.savez_compressed(folder / "a.npz", x=made.features, coords=made.corners)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "layout",
+    ["atlaspatch", "clam", "hs2p", "plain", "slideflow", "stamp", "torchmil", "trident"],
+)
+def test_damage_is_always_told_in_words(tmp_path: Path, layout: str) -> None:
+    rng = np.random.default_rng(8)
+    build(layout, tmp_path / "sound")
+    assert recognise(tmp_path / "sound").layout == layout
+    files = [p for p in sorted((tmp_path / "sound").rglob("*")) if p.is_file()]
+    for index in range(20):
+        for file in files:
+            content = bytearray(file.read_bytes())
+            if index % 4 == 0:
+                content = content[: rng.integers(len(content))]
+            else:
+                content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+            place = tmp_path / str(index) / file.relative_to(tmp_path / "sound")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        # Any other error than ours ends the test.
+        with contextlib.suppress(BagscopeError):
+            import_features(tmp_path / str(index), tmp_path / f"out{index}", mpp=MPP)
+
+
+def test_damaged_coordinates_fail_the_slides_that_need_them(tmp_path: Path) -> None:
+    made = truth()
+    for name in ("a", "b"):
+        layouts.clam_features(tmp_path / "clam", name, made)
+        layouts.clam_patches(tmp_path / "clam", name, made.corners)
+        layouts.trident_features(tmp_path / "trident", name, made)
+    (tmp_path / "clam" / "patches" / "b.h5").write_bytes(b"damaged")
+    (patches,) = (tmp_path / "trident").rglob("b_patches.h5")
+    patches.write_bytes(b"damaged")
+    report = import_features(tmp_path / "clam", tmp_path / "out")
+    assert [(one.slide_id, one.outcome) for one in report.outcomes] == [
+        ("a", "done"),
+        ("b", "failed"),
+    ]
+    assert import_features(tmp_path / "trident", tmp_path / "other").counts["done"] == 2
