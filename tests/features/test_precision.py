@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bagscope.errors import ConfigError
 from bagscope.features import precision
 from bagscope.features.precision import choose_precision, cpu_policy, prepare_cpu
 
@@ -109,6 +110,16 @@ def test_bfloat16_must_be_faster_and_right(
     assert choose_precision("bfloat16", CPU) == expected
     assert choose_precision("float16", CPU) == expected
     assert choose_precision("float32", CPU) == "float32"
+
+
+def test_the_user_goes_before_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_bfloat16_gain", lambda: (0.5, 0.004))
+    for device in (CPU, CUDA):
+        assert choose_precision("bfloat16", device, asked="float32") == "float32"
+        assert choose_precision("float32", device, asked="bfloat16") == "bfloat16"
+    assert choose_precision("float32", CUDA, asked="float16") == "float16"
+    with pytest.raises(ConfigError, match="float16 runs hundreds of times slower on a CPU"):
+        choose_precision("float32", CPU, asked="float16")
 
 
 def test_a_gpu_does_what_it_is_asked_for() -> None:
