@@ -8,15 +8,12 @@ where they run hundreds of times slower.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from bagscope.arithmetic import avoid_broken_units
 from bagscope.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,13 +21,6 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
-_ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"
-_WITHOUT_MATRIX_UNITS = "AVX512_CORE_FP16"
-_TRIAL = (
-    "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); "
-    "assert (a @ a)[0, 0] == 64; torch.nn.functional.linear(a.float(), a.float())"
-)
-_TRIAL_PATIENCE_S = 120
 _WORTHWHILE = 1.25
 """bfloat16 must be this much faster than float32 to be worth its rounding."""
 _SIZE, _ROUNDS = 768, 6
@@ -53,7 +43,7 @@ class CpuPolicy:
 @lru_cache(maxsize=1)
 def cpu_policy() -> CpuPolicy:
     """Find out what this processor does well; must come before the first product of the process."""
-    capped = _cap_instructions()
+    capped = avoid_broken_units()
     gain, error = _bfloat16_gain()
     usable = gain >= _WORTHWHILE and error <= _LARGEST_ERROR
     note = f"bfloat16 is {gain:.2g} times as fast as float32 on this CPU"
@@ -88,33 +78,6 @@ def choose_precision(
     if device.type != "cpu" or own == "float32":
         return own
     return "bfloat16" if cpu_policy().bfloat16 else "float32"
-
-
-def prepare_cpu() -> None:
-    """Keep instructions away that would kill the process; cheap where none are suspect."""
-    _cap_instructions()
-
-
-@lru_cache(maxsize=1)
-def _cap_instructions() -> bool:
-    """Forbid matrix units that crash; return whether that was necessary."""
-    if _ISA_VARIABLE in os.environ or not _advertises_matrix_units():
-        return False
-    trial = subprocess.run(
-        [sys.executable, "-c", _TRIAL],
-        capture_output=True,
-        check=False,
-        timeout=_TRIAL_PATIENCE_S,
-    )
-    if trial.returncode == 0:
-        return False
-    os.environ[_ISA_VARIABLE] = _WITHOUT_MATRIX_UNITS
-    return True
-
-
-def _advertises_matrix_units() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and " amx_" in cpuinfo.read_text(encoding="utf-8", errors="replace")
 
 
 def _bfloat16_gain() -> tuple[float, float]:

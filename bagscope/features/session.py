@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bagscope.arithmetic import avoid_broken_units
 from bagscope.artifacts import Json
 from bagscope.errors import ConfigError, EncoderUnavailable
 from bagscope.features.encoders.loading import LoadedEncoder, pool
-from bagscope.features.precision import Precision, choose_precision, prepare_cpu
+from bagscope.features.precision import Precision, choose_precision
 from bagscope.features.transform import TileTransform
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class EncoderSession:
     ) -> None:
         import torch
 
-        prepare_cpu()
+        avoid_broken_units()
         self.encoder = encoder
         self.spec = encoder.spec
         self.device = require_device(device)

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bagscope.arithmetic import avoid_broken_units
 from bagscope.errors import ConfigError
 from bagscope.features import precision
-from bagscope.features.precision import choose_precision, cpu_policy, prepare_cpu
+from bagscope.features.precision import choose_precision, cpu_policy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VARIABLE = "ONEDNN_MAX_CPU_ISA"
@@ -22,7 +23,7 @@ VARIABLE = "ONEDNN_MAX_CPU_ISA"
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have everything found out anew, and forgotten again."""
-    caches = (precision.cpu_policy, precision._cap_instructions)
+    caches = (precision.cpu_policy, avoid_broken_units)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -58,9 +59,9 @@ def test_matrix_units_that_crash_are_left_alone(
     import os
 
     machine.code = code
-    prepare_cpu()
+    avoid_broken_units()
     assert "AMX" not in os.environ[VARIABLE]
-    prepare_cpu()
+    avoid_broken_units()
     assert machine.trials == 1, "tried once in a process"
     monkeypatch.delenv(VARIABLE)
 
@@ -68,7 +69,7 @@ def test_matrix_units_that_crash_are_left_alone(
 def test_matrix_units_that_work_are_used(machine: SimpleNamespace) -> None:
     import os
 
-    prepare_cpu()
+    avoid_broken_units()
     assert machine.trials == 1
     assert VARIABLE not in os.environ
 
@@ -76,7 +77,7 @@ def test_matrix_units_that_work_are_used(machine: SimpleNamespace) -> None:
 def test_nothing_is_tried_where_nothing_is_suspect(machine: SimpleNamespace) -> None:
     machine.flags = "avx2"
     machine.code = -4
-    prepare_cpu()
+    avoid_broken_units()
     assert machine.trials == 0
 
 
@@ -87,7 +88,7 @@ def test_the_users_own_choice_stands(
 
     machine.code = -4
     monkeypatch.setenv(VARIABLE, "AVX2")
-    prepare_cpu()
+    avoid_broken_units()
     assert os.environ[VARIABLE] == "AVX2"
     assert machine.trials == 0
 
