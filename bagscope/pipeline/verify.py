@@ -15,6 +15,7 @@ from bagscope.features.verify import Fault, verify_feature_file, verify_folder, 
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, available_cores, open_study
 
 _FOLDER_SUFFIXES = (".zarr", ".bagscope")
+_STAGE_FOLDERS = ("tilings", "features", "runs", "predictions", "heatmaps", "review")
 
 Check = Callable[[], list[Fault]]
 
@@ -60,11 +61,14 @@ def verify_study(
     folders = _artefact_folders(folder)
     inside = set(folders)
     feature_files = [path for path in feature_files if not inside & set(path.parents)]
-    records = [*_found(folder / "tilings", "*/spec.json"), *_found(folder, "status/**/[!.]*.json")]
+    patterns = ("tilings/*/[!.]*.json", "features/*/*/[!.]*.json")
+    records = [path for pattern in patterns for path in _found(folder, pattern)]
+    records = [path for path in records if not inside & set(path.parents)]
     first: list[Check] = [lambda: _study_faults(folder)]
     first += [_of(verify_tile_file, path) for path in tile_files]
     first += [_of(verify_folder, path) for path in folders]
     first += [_of(_record_faults, path) for path in records]
+    first += [_of(_status_faults, path) for path in _found(folder, "status/**/[!.]*.json")]
     stores = sorted({path.parent for path in feature_files})
     total = len(first) + len(feature_files) + len(stores)
     done = 0
@@ -141,12 +145,18 @@ def _study_faults(folder: Path) -> list[Fault]:
 
 
 def _record_faults(path: Path) -> list[Fault]:
-    """Return whether a JSON file can be read, and a status file is one."""
+    """Return whether a JSON file can be read."""
     try:
-        if path.name == "spec.json":
-            read_json(path)
-        else:
-            read_status(path.parent.parent, path.parent.name, path.stem)
+        read_json(path)
+    except ArtifactError as error:
+        return [_told_by(path, error)]
+    return []
+
+
+def _status_faults(path: Path) -> list[Fault]:
+    """Return whether a status file can be read and is one."""
+    try:
+        read_status(path.parent.parent, path.parent.name, path.stem)
     except (ArtifactError, TypeError, ValueError) as error:
         return [_told_by(path, error)]
     return []
@@ -161,11 +171,15 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 
 
 def _artefact_folders(folder: Path) -> list[Path]:
-    """Return every folder artefact, and every folder that by its name should be one."""
-    found = {path.parent for path in folder.rglob(COMPLETE_NAME)}
-    found |= {
-        path for suffix in _FOLDER_SUFFIXES for path in folder.rglob(f"*{suffix}") if path.is_dir()
-    }
+    """Return every folder artefact, and every folder that by its name should be one.
+
+    Only where stages write: the study folder may hold slides too, and a slide may be a Zarr folder.
+    """
+    found: set[Path] = set()
+    for stage in _STAGE_FOLDERS:
+        found |= {path.parent for path in (folder / stage).rglob(COMPLETE_NAME)}
+        for suffix in _FOLDER_SUFFIXES:
+            found |= {path for path in (folder / stage).rglob(f"*{suffix}") if path.is_dir()}
     # Hidden ones are being written, or were left by a killed writer: nobody takes them for done.
     return sorted(
         path

@@ -310,6 +310,12 @@ def break_the_spec(study: Path) -> Path:
     return path
 
 
+def break_the_execution(study: Path) -> Path:
+    path = study / "features/1.00mpp_64px/demo/execution.json"
+    path.write_text("[1,")
+    return path
+
+
 def break_the_cohort(study: Path) -> Path:
     (study / "cohort.csv").write_text("slide_id\na\n")
     return study / "cohort.csv"
@@ -344,6 +350,7 @@ def empty_a_file(study: Path) -> Path:
         (lose_a_file, "missing"),
         (break_the_status, "outcome is 'dome'"),
         (break_the_spec, "not readable as JSON"),
+        (break_the_execution, "not readable as JSON"),
         (break_the_cohort, "path"),
         (break_the_study, "tilling"),
         (rename_a_slide, "is of slide 'a'"),
@@ -359,6 +366,13 @@ def test_each_fault_is_named_with_its_place(
     assert found.exit_code == 1
     assert place in [fault.path for fault in found.faults]
     assert message in sentences([fault for fault in found.faults if fault.path == place])
+
+
+def test_slides_are_no_artefacts(study: Path) -> None:
+    (study / "slides" / "b.zarr").mkdir(parents=True)
+    assert verify_study(study).faults == ()
+    (study / "features" / "1.00mpp_64px" / "b.zarr").mkdir()
+    assert "incomplete" in sentences(list(verify_study(study).faults))
 
 
 def test_what_is_being_written_is_left_alone(study: Path) -> None:
