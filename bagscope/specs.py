@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bagscope.errors import ConfigError
 
+MOST_NAMED = 30
+"""More names than this are no help in a sentence."""
+
 SpecT = TypeVar("SpecT", bound="Spec")
 
 
@@ -69,8 +72,8 @@ def _is_model(annotation: object) -> bool:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return " (did you mean 'x'?)" for the nearest known name, else the list of known ones."""
+    """Return " (did you mean 'x'?)" for the nearest known name, else the known ones if few."""
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(sorted(known))})" if known else ""
+    return f" (known: {', '.join(sorted(known))})" if 0 < len(known) <= MOST_NAMED else ""

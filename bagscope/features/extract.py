@@ -49,13 +49,17 @@ _WAITING_SLIDES = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractTask:
-    """What the engine needs to know of one slide: the payload of its job."""
+    """What the engine needs to know of one slide: the payload of its job.
+
+    `not_tiled` says why there is no tile file, where there is none.
+    """
 
     slide_path: Path
     tile_path: Path
     mpp: float | None = None
     scene: int | None = None
     backend: str | None = None
+    not_tiled: str = ""
 
 
 @dataclass(eq=False)
@@ -214,6 +218,8 @@ class ExtractExecutor:
 
     def _begin(self, job: Job, *, float32_of: frozenset[Target], deaths: int) -> None:
         task: ExtractTask = job.payload
+        if task.not_tiled:
+            raise SlideError(task.not_tiled)
         tiles = read_tile_file(task.tile_path)
         wanted = [
             target

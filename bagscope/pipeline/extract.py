@@ -12,8 +12,9 @@ from bagscope.artifacts import Json
 from bagscope.cohort.jobs import Job, RunReport, StageResult, select_shard
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
+from bagscope.cohort.status import read_status, read_statuses, tiles_of
 from bagscope.cohort.table import SlideRow
-from bagscope.errors import ArtifactError, ConfigError, SchemaError
+from bagscope.errors import ArtifactError, ConfigError, EncoderUnavailable, SchemaError
 from bagscope.features.extraction import NUMERICS, ExtractSpec
 from bagscope.pipeline.preload import WORKER_MODULES
 from bagscope.pipeline.study import Study, available_cores
@@ -121,12 +122,19 @@ def load_encoders(spec: ExtractSpec) -> list[LoadedEncoder]:
         ConfigError: an encoder that does not exist, or twice the same.
         EncoderUnavailable: weights or a package missing.
     """
+    from bagscope.features.encoders.access import find_access
     from bagscope.features.encoders.loading import load_encoder
+    from bagscope.features.encoders.registry import find_encoder
 
     doubled = {name for name in spec.encoders if spec.encoders.count(name) > 1}
     if doubled:
         raise ConfigError(f"encoder {', '.join(sorted(doubled))} is asked for more than once")
     source = weight_source(spec)
+    for name in spec.encoders:
+        # Asked first: the hub's client itself tries for a minute before it gives up.
+        access = find_access(find_encoder(name).spec, source, ask=True)
+        if access.problem:
+            raise EncoderUnavailable(access.problem)
     return [load_encoder(name, source=source, stain=spec.stain) for name in spec.encoders]
 
 
@@ -307,8 +315,6 @@ def _remember_execution(folder: Path, device: str, execution: dict[str, Json]) -
 
 
 def _tiles_to_come(study: Study, tiling: str) -> int:
-    from bagscope.cohort.status import read_statuses, tiles_of
-
     statuses = read_statuses(study.status_folder, f"tile/{tiling}")
     return sum(tiles_of(status.facts) for status in statuses.values())
 
@@ -359,17 +365,26 @@ def slide_job(study: Study, tiling: str, row: SlideRow, options: ExtractOptions)
     """Return the job of one slide."""
     from bagscope.features.extract import ExtractTask
 
+    tile_path = study.tiling_folder(tiling) / f"{row.slide_id}.h5"
     return Job(
         slide_id=row.slide_id,
         payload=ExtractTask(
             slide_path=row.path,
-            tile_path=study.tiling_folder(tiling) / f"{row.slide_id}.h5",
+            tile_path=tile_path,
             mpp=row.mpp,
             scene=scene_of(row.slide_id),
             backend=options.backend,
+            not_tiled="" if tile_path.exists() else _why_not_tiled(study, tiling, row.slide_id),
         ),
         weight=size_weight(row.path),
     )
+
+
+def _why_not_tiled(study: Study, tiling: str, slide_id: str) -> str:
+    status = read_status(study.status_folder, f"tile/{tiling}", slide_id)
+    if status is None or status.outcome != "failed":
+        return f"{slide_id}: is not tiled; run bagscope tile first"
+    return f"{slide_id}: could not be tiled ({status.error_class}: {status.message})"
 
 
 # --- before the first slide -----------------------------------------------------------------
