@@ -218,6 +218,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     writer.discard()
 
 
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "pwrite", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_feature_file(tmp_path / "a.h5", header(), vectors_of(5))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_room_for_the_largest_slide_takes_neither_memory_nor_time(tmp_path: Path) -> None:
     empty = header(coords_l0=None, grid=None)
     writer = FeatureWriter(tmp_path / "a.h5", empty, rows=3_000_000, dimension=2560)

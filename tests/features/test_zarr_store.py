@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
-from bagscope.artifacts import folder_faults
+from bagscope.artifacts import atomic_folder, folder_faults
 from bagscope.errors import ArtifactError, SchemaError
 from bagscope.features.store import FeatureStore
 from bagscope.features.zarr_store import CHUNK_ROWS, SHARD_ROWS, remote_faults, write_zarr_store
@@ -157,6 +157,48 @@ def test_writing_twice_gives_the_same_bytes(source: FeatureStore, tmp_path: Path
     ]
     assert records[0] == records[1]
     assert str(tmp_path) not in json.dumps(records[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": "somebody.else"}, "expected 'bagscope.features.zarr'"),
+        ({"schema": "bagscope.features.zarr", "schema_version": 99}, "newer than 1"),
+    ],
+)
+def test_another_or_a_newer_schema_is_refused(
+    tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    with atomic_folder(tmp_path / "a.zarr", fields):
+        pass
+    with pytest.raises(SchemaError, match=message):
+        FeatureStore.open(tmp_path / "a.zarr")
+
+
+def test_slides_that_were_exchanged_are_refused(source: FeatureStore, tmp_path: Path) -> None:
+    write_zarr_store(source, tmp_path / "a.zarr")
+    features = tmp_path / "a.zarr" / "features"
+    (features / "a").rename(tmp_path / "kept")
+    (features / "d").rename(features / "a")
+    with pytest.raises(SchemaError, match="its fingerprint is not that of its fields"):
+        FeatureStore.open(tmp_path / "a.zarr").bag("a")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not readable as JSON"),
+        (b"[]", "lacks fields"),
+        (b'{"fields": {}, "fingerprint": "x", "files": {}}', "not that of its fields"),
+    ],
+)
+def test_a_damaged_last_object_is_named(content: bytes, message: str) -> None:
+    name = uuid.uuid4().hex
+    files = fsspec.filesystem("memory")
+    files.pipe_file(f"/{name}/complete.json", content)
+    with pytest.raises(SchemaError, match=message):
+        FeatureStore.open(f"memory://{name}")
+    files.rm(f"/{name}", recursive=True)
 
 
 def test_what_is_not_such_a_store_is_refused(source: FeatureStore, tmp_path: Path) -> None:
