@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from bagscope.features.feature_file import read_feature_file
 from bagscope.wsi.tile_file import read_tile_file
@@ -23,6 +24,9 @@ Command = Callable[..., Ran]
 TILING = "1.00mpp_128px"
 OPTIONS = ("--mpp", 1, "--tile-px", 128, "--workers", 2, "--device", "cpu")
 ENCODER = ("--encoder", "color-texture")
+
+# Threads that wait for each other on a busy machine cost more than they bring to a few tiles.
+torch.set_num_threads(1)
 
 
 def extract(bagscope: Command, study: Path, *arguments: object) -> Ran:

@@ -241,7 +241,7 @@ def test_an_overflow_leaves_the_other_encoders_as_they_are(
     study, out, apart = make({"a": 12, "b": 17}), tmp_path / "out", tmp_path / "apart"
 
     def sessions() -> list[object]:
-        wild = encoder_of(Choosy(study.pixels("b")[16], 1e6), "wild")
+        wild = encoder_of(Choosy(study.pixels("b")[0], 1e6), "wild")
         return [session_of(wild, batch_size=2), session_of(Tiny(), batch_size=64)]
 
     run_engine(study, sessions(), out)
