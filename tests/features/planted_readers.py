@@ -19,7 +19,8 @@ def read_badly(job: Job) -> StageResult:
     """Read a slide, unless its id begins with the name of a disaster.
 
     `once` disasters leave a mark beside the tile file, and spare the second attempt. All but
-    `swell` strike when one chunk has been handed over.
+    `swell` and `drop` strike when one chunk has been handed over; `drop` dies before that, with a
+    slot in its hands.
     """
     kind, _, often = job.slide_id.partition("-")
     mark = job.payload.tile_path.with_suffix(".mark")
@@ -28,6 +29,8 @@ def read_badly(job: Job) -> StageResult:
     is_struck = often.startswith("always") or (often.startswith("once") and _count(mark) == 1)
     if is_struck and kind == "abort":
         _after_first_chunk(os.abort)
+    if is_struck and kind == "drop":
+        worker.tell = lambda message: os.abort()
     if is_struck and kind == "hang":
         _after_first_chunk(lambda: time.sleep(600))
     if is_struck and kind == "swell":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -249,3 +251,17 @@ def test_a_slide_larger_than_the_ring_goes_through_it(tmp_path: Path) -> None:
     found = read_feature_file(out / "features/tiny/long.h5").features
     expected = alone(encoder, study.pixels("long"))
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_run_gives_everything_back(study: SmallStudy, tmp_path: Path) -> None:
+    session = session_of(Tiny())
+    run_engine(study, session, tmp_path / "first", readers=2)
+    process = psutil.Process()
+    handles, threads = process.num_fds(), threading.active_count()
+    children = {child.pid for child in process.children()}
+    for index in range(3):
+        run_engine(study, session, tmp_path / str(index), readers=2)
+    assert process.num_fds() == handles
+    assert threading.active_count() == threads
+    assert {child.pid for child in process.children()} <= children
+    assert not any("bagscope-tiles" in memory.path for memory in process.memory_maps())

@@ -139,6 +139,18 @@ def test_vectors_of_a_first_attempt_never_reach_the_second(
         np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_a_reader_takes_no_slot_into_its_grave(
+    make: Callable[..., SmallStudy], tmp_path: Path
+) -> None:
+    # Six deaths, and two slots in all.
+    counts = {"drop-always1": 9, "drop-always2": 9, "drop-always3": 9, "good": 17}
+    ran = run_engine(
+        make(counts), session_of(Tiny()), tmp_path / "out", work=read_badly, rows=4, slots=2
+    )
+    assert ran.outcomes == {name: "done" if name == "good" else "failed" for name in counts}
+    assert ran.tiles_read == 17
+
+
 def test_a_job_whose_reader_was_gone_before_it_began_is_given_again() -> None:
     events: SimpleQueue[object] = SimpleQueue()
 
@@ -207,6 +219,17 @@ def test_nan_fails_the_slide_and_names_the_tile(
     assert "b" in message
     assert "tiny" in message
     assert "NaN" in message
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_slide_that_is_lost_is_not_read_to_its_end(
+    make: Callable[..., SmallStudy], tmp_path: Path, readers: int
+) -> None:
+    study, out = make({"b": 400, "a": 12}), tmp_path / "out"
+    session = session_of(Choosy(study.pixels("b")[0], float("nan")), batch_size=1)
+    ran = run_engine(study, session, out, readers=readers, rows=2, slots=3)
+    require_only(ran, out, "b", "SlideError")
+    assert ran.tiles_read < 200
 
 
 def test_infinity_from_the_encoder_is_not_taken_for_overflow(
