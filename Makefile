@@ -50,9 +50,13 @@ bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
 	$(BIN)/python benchmarks/bench_reading.py
 	$(BIN)/python benchmarks/bench_tiling.py
 	$(BIN)/python benchmarks/bench_cohort.py
+	$(BIN)/python benchmarks/bench_extract.py
+	$(BIN)/python benchmarks/bench_store.py
 
-drill: $(READY) ## kill a run 200 times at random moments, resume, compare
+drill: $(READY) ## kill runs at random moments and resume; damage files and find it
 	$(BIN)/python benchmarks/drill.py --kills 200
+	$(BIN)/python benchmarks/drill.py --stage extract --kills 100
+	$(BIN)/python benchmarks/drill_verify.py --damages 200
 
 golden: $(READY) ## write the golden files of tests/golden anew (a change wants a changelog line)
 	$(BIN)/python tests/golden/make.py

@@ -15,12 +15,24 @@ if TYPE_CHECKING:
         read_feature_file,
         write_feature_file,
     )
+    from bagscope.features.store import FeatureStore, PatientBag, SlideBag
 
-__all__ = ["FeatureFile", "FeatureHeader", "read_feature_file", "write_feature_file"]
+__all__ = [
+    "FeatureFile",
+    "FeatureHeader",
+    "FeatureStore",
+    "PatientBag",
+    "SlideBag",
+    "read_feature_file",
+    "write_feature_file",
+]
 
 _HOMES = {
     "FeatureFile": "feature_file",
     "FeatureHeader": "feature_file",
+    "FeatureStore": "store",
+    "PatientBag": "store",
+    "SlideBag": "store",
     "read_feature_file": "feature_file",
     "write_feature_file": "feature_file",
 }
