@@ -94,6 +94,7 @@ def extract_cohort(
     rows = study.cohort().rows
     name = options.tiling or tiling_name(study.spec.tiling)
     encoders = load_encoders(spec)
+    devices = _devices_at_hand(spec.device) if options.executor == "local" else []
     tiled = _tile_missing(study, rows, name, report, options)
     if tiled is not None and tiled.interrupted:
         return ExtractResult(report=tiled)
@@ -104,7 +105,6 @@ def extract_cohort(
         from bagscope.pipeline.extract_remote import extract_on_cluster
 
         return ExtractResult(report=extract_on_cluster(study, name, folders, report, options))
-    devices = resolve_devices(spec.device)
     if len(devices) > 1:
         from bagscope.pipeline.extract_devices import extract_on_devices
 
@@ -160,6 +160,20 @@ def features_folder(study: Study, tiling: str, encoder: LoadedEncoder) -> Path:
 def stage_name(tiling: str, folders: Sequence[Path]) -> str:
     """Return the stage under which status and claims stand: that of one set of encoders."""
     return f"{STAGE}/{tiling}/{'+'.join(sorted(folder.name for folder in folders))}"
+
+
+def _devices_at_hand(device: str) -> list[str]:
+    """Return the devices that are meant, each of which is there.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    from bagscope.features.session import require_device
+
+    names = resolve_devices(device)
+    for name in names:
+        require_device(name)
+    return names
 
 
 def resolve_devices(device: str) -> list[str]:

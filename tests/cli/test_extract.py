@@ -98,17 +98,23 @@ def test_a_misspelt_encoder_is_refused_before_any_slide_is_touched(
 
 
 @pytest.mark.parametrize(
-    ("device", "said"), [("gpu7", "'gpu7' is not known"), ("cuda:77", "'cuda:77' asked for")]
+    ("device", "said"),
+    [
+        ("gpu7", "'gpu7' is not known"),
+        ("cuda:77", "'cuda:77' asked for"),
+        ("cpu,cuda:77", "'cuda:77' asked for"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused(
     bagscope: Command, slides: Path, tmp_path: Path, device: str, said: str
 ) -> None:
     study = tmp_path / "study"
     assert bagscope("init", study, "--slides", slides).code == 0
+    before = files_of(study)
     ran = extract(bagscope, study, "--device", device)
     assert ran.code == 2
     assert said in ran.err
-    assert not list(study.rglob("features/**/*.h5"))
+    assert files_of(study) == before
 
 
 def test_a_dry_run_writes_nothing(bagscope: Command, slides: Path, tmp_path: Path) -> None:
@@ -150,6 +156,19 @@ def test_a_slide_that_failed_makes_exit_code_1_and_leaves_the_others_alone(
     made = sorted(p.stem for p in (study / "features").rglob("*.h5"))
     assert made == ["a", "c"]
     assert leftovers(study) == []
+
+
+def test_a_slide_that_can_not_be_tiled_says_why(
+    bagscope: Command, slides: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    (slides / "b.svs").write_bytes((slides / "b.svs").read_bytes()[:9000])
+    ran = extract(bagscope, study, "--slides", slides)
+    assert ran.code == 1
+    assert "2 done, 1 failed" in ran.out
+    assert "b: could not be tiled" in ran.out
+    assert "b.svs" in ran.out
+    assert sorted(p.stem for p in (study / "features").rglob("*.h5")) == ["a", "c"]
 
 
 def test_several_encoders_are_named_with_commas(
