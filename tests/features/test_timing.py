@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,9 +87,27 @@ def test_a_throttled_reader_is_named(study: SmallStudy, tmp_path: Path) -> None:
 def test_a_costly_codec_is_named(study: SmallStudy, tmp_path: Path) -> None:
     ran = run_engine(study, session_of(Tiny()), tmp_path, work=read_crunching)
     timing = ran.timing
-    # On a busy machine the reader waits for its turn, which looks like waiting for bytes.
-    assert timing.decoding_s > 2 * max(timing.encoding_s, timing.transfer_s, timing.writing_s)
-    assert timing.decoding_s > 0.25 * (timing.decoding_s + timing.reading_s)
+    assert re.fullmatch(r"bound by: decoding \(\d+%\)", timing.sentence)
+    assert timing.decoding_s > 1.5
+
+
+def test_standing_in_line_for_a_core_is_no_waiting_for_bytes(
+    study: SmallStudy, tmp_path: Path
+) -> None:
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this system does not tell how long a thread stood in line")
+    code = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+    crowd = [
+        subprocess.Popen([sys.executable, "-c", code])
+        for _ in range(2 * len(os.sched_getaffinity(0)))
+    ]
+    try:
+        ran = run_engine(study, session_of(Tiny()), tmp_path, work=read_crunching)
+    finally:
+        for process in crowd:
+            process.kill()
+            process.wait()
+    assert ran.timing.sentence.startswith("bound by: decoding (")
 
 
 def test_a_slow_network_is_named(study: SmallStudy, tmp_path: Path) -> None:
