@@ -17,7 +17,9 @@ def of(kind: type[Spec], field: str, *names: str) -> Any:
     info = kind.model_fields[field]
     default = info.get_default()
     shown = "none" if default is None or default == () else default
-    return typer.Option(*names, help=f"{info.description} [default: {shown}]", show_default=False)
+    if isinstance(shown, tuple):
+        shown = ", ".join(map(str, shown))
+    return typer.Option(*names, help=f"{info.description} (default: {shown})", show_default=False)
 
 
 Study = Annotated[Path, typer.Argument(help="the study folder", show_default=False)]
