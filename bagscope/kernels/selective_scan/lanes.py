@@ -1,0 +1,71 @@
+"""The order in which a scan visits the rows: bags side by side in lanes, each lane bag after bag.
+
+A scan is one Python step per position. Bags don't know of each other, so many small ones walk side
+by side: lane w visits `rows[0, w], rows[1, w], …`. A single long bag is a single lane.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bagscope.kernels.segments import bag_of_tile
+
+_MOST_LANES = 16
+_IDLE_SHARE = 0.15
+"""Share of lane positions that may stand idle; beyond it fewer lanes are less work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """Where every position of every lane reads and writes.
+
+    Attributes:
+        rows: (steps, lanes) int64, the row of u at that position; idle positions name row 0.
+        idle: (steps, lanes) bool, or None where no position is idle.
+        starts: (steps, lanes) bool, whether a bag begins there.
+    """
+
+    rows: Tensor
+    idle: Tensor | None
+    starts: Tensor
+
+
+def lay_lanes(cu_seqlens: Tensor, tiles: int, reverse: bool, order: Tensor | None) -> Lanes:
+    """Distribute bags over lanes; `tiles` is at least 1."""
+    lengths = cu_seqlens.diff().tolist()
+    lanes = max(1, min(_MOST_LANES, tiles // max(lengths)))
+    lane, offset, steps = _pack(lengths, lanes)
+    while lanes > 1 and steps * lanes > (1 + _IDLE_SHARE) * tiles:
+        lanes -= 1
+        lane, offset, steps = _pack(lengths, lanes)
+    bag = bag_of_tile(cu_seqlens, tiles)
+    position = torch.arange(tiles)
+    within = position - cu_seqlens[:-1].long()[bag]
+    if reverse:
+        within = cu_seqlens.diff().long()[bag] - 1 - within
+    at = (torch.tensor(offset)[bag] + within) * lanes + torch.tensor(lane)[bag]
+    rows = torch.zeros(steps * lanes, dtype=torch.int64)
+    rows[at] = position if order is None else order.to(torch.int64)
+    starts = torch.zeros(steps * lanes, dtype=torch.bool)
+    starts[at] = within == 0
+    idle = None
+    if steps * lanes > tiles:
+        idle = torch.ones(steps * lanes, dtype=torch.bool)
+        idle[at] = False
+        idle = idle.view(steps, lanes)
+    return Lanes(rows.view(steps, lanes), idle, starts.view(steps, lanes))
+
+
+def _pack(lengths: list[int], lanes: int) -> tuple[list[int], list[int], int]:
+    """Return each bag's lane and its first step there, and the steps of the fullest lane."""
+    lane, offset = [0] * len(lengths), [0] * len(lengths)
+    loads = [(0, w) for w in range(lanes)]
+    for bag in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        load, w = heapq.heappop(loads)
+        lane[bag], offset[bag] = w, load
+        heapq.heappush(loads, (load + lengths[bag], w))
+    return lane, offset, max(load for load, _ in loads)
