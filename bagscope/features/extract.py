@@ -27,6 +27,7 @@ from bagscope.cohort.executors.protocol import Finished, Record, failed
 from bagscope.cohort.jobs import Job
 from bagscope.errors import (
     BagscopeError,
+    EncoderUnavailable,
     SlideError,
     WorkerDied,
     WorkerOutOfMemory,
@@ -35,7 +36,11 @@ from bagscope.errors import (
 from bagscope.features.batches import Batcher, Encoded
 from bagscope.features.feature_file import FeatureWriter, Float16Overflow, StoredDtype
 from bagscope.features.feed import ChunkRead, FeedBroke, FeedEvent, ReadingEnded, SlideFeed, Woken
-from bagscope.features.reader import ReadTask, refuse_too_many_unreadable
+from bagscope.features.reader import (
+    ReadTask,
+    refuse_too_many_unreadable,
+    require_tiled_slide,
+)
 from bagscope.features.sink import FeatureSink, Stored
 from bagscope.features.targets import Target, is_there, open_writer, slide_record
 from bagscope.features.timing import Ledger, Phase, Timing
@@ -227,6 +232,8 @@ class ExtractExecutor:
             if not is_there(job.slide_id, target, tiles, overwrite=self._overwrite)
         ]
         if not wanted:
+            if task.slide_path.exists():  # features outlive slides that were moved away
+                require_tiled_slide(tiles, job.slide_id, self._read_task(task))
             self._end(
                 job, slide_record(job.slide_id, self._targets, len(tiles), outcome="skipped"), 0.0
             )
@@ -286,8 +293,16 @@ class ExtractExecutor:
             self._take(batcher.flush())
 
     def _encode(self, batcher: Batcher[_Owner]) -> None:
-        with self._ledger.spending("encoding"):
-            encoded = list(batcher.run())
+        session = batcher.session
+        try:
+            with self._ledger.spending("encoding"):
+                encoded = list(batcher.run())
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise EncoderUnavailable(
+                f"encoder {session.spec.name}: failed on {session.execution.device} ({lines[0]}); "
+                "what is stored stays, give the same command again to go on"
+            ) from error
         self._take(encoded)
 
     def _take(self, encoded: Any) -> None:

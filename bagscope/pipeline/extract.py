@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bagscope.features.extract import ExtractExecutor, ExtractTask
     from bagscope.features.reader import ReadTask
     from bagscope.features.ring import TileRing
-    from bagscope.features.session import EncoderSession
+    from bagscope.features.session import EncoderSession, Execution
     from bagscope.features.targets import Target
     from bagscope.features.timing import Timing
 
@@ -94,13 +94,13 @@ def extract_cohort(
     rows = study.cohort().rows
     name = options.tiling or tiling_name(study.spec.tiling)
     encoders = load_encoders(spec)
-    devices = _devices_at_hand(spec.device) if options.executor == "local" else []
-    tiled = _tile_missing(study, rows, name, report, options)
-    if tiled is not None and tiled.interrupted:
-        return ExtractResult(report=tiled)
+    devices = _devices_at_hand(spec) if options.executor == "local" else []
     folders = [features_folder(study, name, encoder) for encoder in encoders]
     for folder, encoder in zip(folders, encoders, strict=True):
         _claim_features(folder, encoder, overwrite=options.overwrite)
+    tiled = _tile_missing(study, rows, name, report, options)
+    if tiled is not None and tiled.interrupted:
+        return ExtractResult(report=tiled)
     if options.executor != "local":
         from bagscope.pipeline.extract_remote import extract_on_cluster
 
@@ -162,17 +162,20 @@ def stage_name(tiling: str, folders: Sequence[Path]) -> str:
     return f"{STAGE}/{tiling}/{'+'.join(sorted(folder.name for folder in folders))}"
 
 
-def _devices_at_hand(device: str) -> list[str]:
-    """Return the devices that are meant, each of which is there.
+def _devices_at_hand(spec: ExtractSpec) -> list[str]:
+    """Return the devices that are meant, each of which is there and takes the precision.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one is not, or does not.
     """
+    from bagscope.features.precision import choose_precision
     from bagscope.features.session import require_device
 
-    names = resolve_devices(device)
+    names = resolve_devices(spec.device)
     for name in names:
-        require_device(name)
+        device = require_device(name)
+        if spec.precision != "auto":
+            choose_precision(spec.precision, device, asked=spec.precision)
     return names
 
 
@@ -227,6 +230,9 @@ def _extract_here(
         report=report,
         make_executor=make_executor,
     )
+    # A device that ran out of memory is spared the same another time.
+    for session, folder in zip(sessions, folders, strict=True):
+        _remember_execution(folder, session.execution)
     notes = _notes(study, tiling, encoders)
     return ExtractResult(report=result, timing=made[0].timing(), notes=notes)
 
@@ -291,7 +297,7 @@ def make_sessions(
             compiled = spec.compile == "on"
         if compiled:
             session.compile()
-        _remember_execution(folder, key, session.execution.as_json())
+        _remember_execution(folder, session.execution)
         sessions.append(session)
     return sessions
 
@@ -318,14 +324,14 @@ def _known_execution(folder: Path, device: str) -> dict[str, Json]:
     return dict(found)
 
 
-def _remember_execution(folder: Path, device: str, execution: dict[str, Json]) -> None:
+def _remember_execution(folder: Path, execution: Execution) -> None:
     path = folder / EXECUTION_NAME
     try:
         known = artifacts.read_json(path)
     except ArtifactError:
         known = {}
-    if known.get(device) != execution:
-        artifacts.write_json(path, {**known, device: execution})
+    if known.get(execution.device) != execution.as_json():
+        artifacts.write_json(path, {**known, execution.device: execution.as_json()})
 
 
 def _tiles_to_come(study: Study, tiling: str) -> int:

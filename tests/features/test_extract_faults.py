@@ -404,6 +404,36 @@ def test_a_slide_that_changed_since_tiling_is_refused(
     assert "bagscope tile" in message
 
 
+def test_a_slide_that_changed_since_its_features_were_made_is_told_of(
+    make: Callable[..., SmallStudy], tmp_path: Path
+) -> None:
+    study, out = make({"a": 12, "b": 9, "c": 3}), tmp_path / "out"
+    run_engine(study, session_of(Tiny()), out)
+    other = make_study(tmp_path / "other", {"b": 9})
+    shutil.copyfile(other.slide_path("b"), study.slide_path("b"))
+    study.slide_path("c").unlink()
+    again = run_engine(study, session_of(Tiny()), out)
+    # A slide that was moved away says nothing against its features; "done" holds from before.
+    assert again.outcomes == {"a": "done", "b": "failed", "c": "done"}
+    assert again.report.counts["skipped"] == 2
+    assert again.status("b").error_class == "FingerprintMismatch"
+
+
+def test_an_encoder_that_breaks_ends_the_run_in_one_sentence(
+    make: Callable[..., SmallStudy], tmp_path: Path
+) -> None:
+    study, out = make({"a": 12}), tmp_path / "out"
+    session = session_of(Tiny())
+    session.run_ready = broken
+    with pytest.raises(EncoderUnavailable, match=r"failed on cpu \(the device is gone\)"):
+        run_engine(study, session, out)
+    assert leftovers(out) == []
+
+
+def broken(images: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("the device is gone")
+
+
 def test_a_slide_cut_short_is_refused(make: Callable[..., SmallStudy], tmp_path: Path) -> None:
     study, out = make({"a": 12, "b": 9}), tmp_path / "out"
     with study.slide_path("b").open("r+b") as handle:
