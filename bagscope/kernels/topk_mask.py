@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bagscope.kernels.dispatch import choose
 from bagscope.kernels.segments import bag_of_tile, require_borders
 
 _FIRST, _SECOND, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
@@ -117,13 +118,17 @@ def _topk_mask(
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if not mask.numel() or not k:
         return mask
+    way = choose("topk_mask", scores)
+    if way == "reference":
+        return topk_mask_reference(scores, cu_seqlens, bag_ids, k, p, seed, step, exactly)
     draws = _draws(bag_ids, scores.shape[1], k, seed, step)
     chosen = _chosen(draws, cu_seqlens.diff().long(), p, exactly)
-    if scores.device.type == "cpu":
+    if way == "cpu":
         return _mark_by_bag(mask, scores, cu_seqlens, chosen)
     ranks, bags = _ranks(scores, cu_seqlens)
     branches = torch.arange(scores.shape[1], device=scores.device)
-    return chosen[bags[:, None], branches, ranks.clamp_max(k - 1)] & (ranks < k)
+    is_masked: Tensor = chosen[bags[:, None], branches, ranks.clamp_max(k - 1)] & (ranks < k)
+    return is_masked
 
 
 @_topk_mask.register_fake
@@ -138,13 +143,14 @@ def _chosen(draws: Tensor, lengths: Tensor, p: float, exactly: bool) -> Tensor:
     is_there = torch.arange(k, device=draws.device) < counts
     draws = torch.where(is_there, draws, 2.0)
     if exactly:
-        place = draws.argsort(-1, stable=True).argsort(-1, stable=True)
+        place = draws.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
         chosen = place < (counts * p + _SLACK).long()
     else:
         chosen = is_there & (draws < p)
     is_whole = chosen.sum(-1, keepdim=True) == lengths[:, None, None]
     spared = torch.where(is_there, draws, -1.0).argmax(-1, keepdim=True)
-    return chosen & ~(is_whole & (torch.arange(k, device=draws.device) == spared))
+    allowed: Tensor = chosen & ~(is_whole & (torch.arange(k, device=draws.device) == spared))
+    return allowed
 
 
 def _mark_by_bag(mask: Tensor, scores: Tensor, cu_seqlens: Tensor, chosen: Tensor) -> Tensor:
@@ -158,7 +164,7 @@ def _mark_by_bag(mask: Tensor, scores: Tensor, cu_seqlens: Tensor, chosen: Tenso
 def _highest(scores: Tensor, k: int) -> Tensor:
     """Return the rows of the k highest scores per column; of equal ones the upper row first."""
     if k >= len(scores):
-        return scores.sort(0, descending=True, stable=True).indices
+        return scores.sort(dim=0, descending=True, stable=True).indices
     # Equal scores at the edge are few, or a sort is as good.
     limit = scores.topk(k, dim=0).values[-1]
     columns = []
@@ -171,8 +177,8 @@ def _highest(scores: Tensor, k: int) -> Tensor:
 def _ranks(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Return each tile's rank in its bag, (T, K), and its bag, (T,), all bags in one sort."""
     bags = bag_of_tile(cu_seqlens, len(scores))
-    order = scores.argsort(0, descending=True, stable=True)
-    order = order.gather(0, bags[order].argsort(0, stable=True))
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    order = order.gather(0, bags[order].argsort(dim=0, stable=True))
     places = torch.arange(len(scores), device=scores.device) - cu_seqlens.long()[bags]
     ranks = torch.empty_like(order).scatter_(0, order, places[:, None].expand_as(order))
     return ranks, bags

@@ -65,7 +65,7 @@ def strided(tensor: Tensor) -> Tensor:
 def gradients(
     function: Callable[..., Tensor | Sequence[Tensor]],
     inputs: dict[str, Tensor | None],
-    seed: int = 99,
+    cotangent_seed: int = 99,
     **settings: Any,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Return outputs and the gradients of sum(output × fixed random numbers), by input name.
@@ -82,7 +82,7 @@ def gradients(
     for index, output in enumerate(outputs):
         if not output.requires_grad:
             continue
-        weights = normal(*output.shape, seed=seed + index).to(output)
+        weights = normal(*output.shape, seed=cotangent_seed + index).to(output)
         loss = loss + (output * weights).double().sum().cpu()
     loss.backward()
     grads = {

@@ -27,7 +27,7 @@ from bagscope.kernels.gated_attention_pool.cpu import (
     gated_attention_pool_cpu,
 )
 from bagscope.kernels.gated_attention_pool.reference import gated_attention_pool_reference
-from bagscope.kernels.gated_scores import Gate, require_gates
+from bagscope.kernels.gated_scores import Gate, refused, require_gates, wants_reference
 from bagscope.kernels.gated_scores.cpu import GateSettings, GateWeights, computing_dtype
 from bagscope.kernels.segment_softmax_pool import accumulator, require_mask
 from bagscope.kernels.segments import require_borders
@@ -111,6 +111,22 @@ def gated_attention_pool(
     require_gates(weight_v.shape[1], weights, gate, dropout_p)
     require_mask(mask, len(x), len(weight_w))
     keeps_h, keeps_gates = _kept(x, weight, bias, weights, keep)
+    if wants_reference("gated_attention_pool", x):
+        require_borders(cu_seqlens, len(x))
+        plain = gated_attention_pool_reference(
+            x,
+            cu_seqlens,
+            weight,
+            bias,
+            *weights,
+            mask,
+            activation=activation,
+            gate=gate,
+            dropout_p=dropout_p,
+            projection_dropout_p=projection_dropout_p,
+            seed=seed,
+        )
+        return PooledBags(*(found.to(accumulator(x.dtype)) for found in plain))
     found = torch.ops.bagscope.gated_attention_pool(
         x,
         cu_seqlens,
@@ -186,11 +202,6 @@ def _problem(inputs: tuple[Any, ...]) -> Problem:
     )
 
 
-def _refuses(problem: Problem) -> str:
-    columns = len(problem.weights.weight_w)
-    return f"{columns} branches; the kernel takes up to 16" if columns > 16 else ""
-
-
 @torch.library.custom_op(
     _FORWARD,
     mutates_args=(),
@@ -201,14 +212,8 @@ def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     *given, keeps_h, keeps_gates = inputs
     problem = _problem(tuple(given))
     require_borders(problem.cu_seqlens, len(problem.x))
-    way = choose("gated_attention_pool", problem.x, refuses=_refuses(problem))
-    if way == "reference":
-        dtype = accumulator(problem.x.dtype)
-        found = gated_attention_pool_reference(*_plain(problem), **_options(problem))
-        empty = [t.to(dtype, copy=True) for t in found]
-        kept = _nothing_kept(problem, keeps_h, keeps_gates)
-        return (*empty, *kept)
-    if way == "cpu":
+    way = choose("gated_attention_pool", problem.x, refuses=refused(problem.weights))
+    if way in ("cpu", "reference"):
         return tuple(gated_attention_pool_cpu(problem, keeps_h=keeps_h, keeps_gates=keeps_gates))
     from bagscope.kernels.gated_attention_pool.triton import gated_attention_pool_triton
 
@@ -253,10 +258,8 @@ def _backward(*inputs: Any) -> list[Tensor]:
     problem = _problem(inputs[: _TENSORS + _SETTINGS])
     rest = inputs[_TENSORS + _SETTINGS :]
     outputs, grads, needs_x = Outputs(*rest[:6]), OutputGradients(*rest[6:10]), rest[10]
-    way = choose("gated_attention_pool", problem.x, refuses=_refuses(problem))
-    if way == "reference":
-        found = _reference_gradients(problem, grads, needs_x)
-    elif way == "cpu":
+    way = choose("gated_attention_pool", problem.x, refuses=refused(problem.weights))
+    if way in ("cpu", "reference"):
         found = gated_attention_pool_backward_cpu(problem, outputs, grads, needs_x=needs_x)
     else:
         from bagscope.kernels.gated_attention_pool.triton import (
@@ -281,51 +284,6 @@ def _learned(problem: Problem, *, needs_x: bool) -> list[Tensor | None]:
     """Return what gets a gradient, in the order of the gradients."""
     first = problem.x if needs_x else None
     return [first, problem.projection_weight, problem.projection_bias, *problem.weights]
-
-
-def _plain(problem: Problem) -> tuple[Any, ...]:
-    return (
-        problem.x,
-        problem.cu_seqlens,
-        problem.projection_weight,
-        problem.projection_bias,
-        *problem.weights,
-        problem.mask,
-    )
-
-
-def _options(problem: Problem) -> dict[str, Any]:
-    return {
-        "activation": problem.activation,
-        "gate": problem.settings.gate,
-        "dropout_p": problem.settings.dropout_p,
-        "projection_dropout_p": problem.projection_dropout_p,
-        "seed": problem.settings.seed,
-    }
-
-
-def _reference_gradients(
-    problem: Problem, grads: OutputGradients, needs_x: bool
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        leaves = [
-            tensor.detach().requires_grad_()
-            if isinstance(tensor, Tensor) and tensor.is_floating_point()
-            else tensor
-            for tensor in _plain(problem)
-        ]
-        found = gated_attention_pool_reference(*leaves, **_options(problem))
-        used = [
-            (out, g.to(out.dtype)) for out, g in zip(found, grads, strict=True) if g is not None
-        ]
-        learned = [leaves[0], *leaves[2:10]]
-        present = [tensor for tensor in learned if tensor is not None]
-        outs, given = zip(*used, strict=True)
-        filled = iter(
-            torch.autograd.grad(outs, present, given, allow_unused=True, materialize_grads=True)
-        )
-    every = [None if tensor is None else next(filled) for tensor in learned]
-    return [every[0] if needs_x else None, *every[1:]]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,7 +9,7 @@ backward pass makes them anew. Operations forward: 2 T A (2 D + K), backward twi
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -69,9 +69,19 @@ def gated_scores(
     width = len(weight_v) * (1 if weight_u is None else 2)
     fits = len(h) * width * torch.finfo(computing_dtype(h)).bits // 8 <= KEEP_BYTES
     keeps = is_training and (keep == "all" or (keep == "auto" and fits))
-    found = torch.ops.bagscope.gated_scores(h, *weights, gate, dropout_p, seed, keeps)
-    scores: Tensor = found[0]
+    if wants_reference("gated_scores", h):
+        found = gated_scores_reference(h, *weights, gate, dropout_p, seed)
+        return found.to(accumulator(h.dtype))
+    scores: Tensor = torch.ops.bagscope.gated_scores(h, *weights, gate, dropout_p, seed, keeps)[0]
     return scores
+
+
+def wants_reference(op: str, tensor: Tensor) -> bool:
+    """Return whether plain torch is asked for; a compiled graph takes the streaming path then.
+
+    The reference's gradients are autograd's own, which custom operators switch off inside them.
+    """
+    return not torch.compiler.is_compiling() and choose(op, tensor) == "reference"
 
 
 def require_gates(features: int, weights: GateWeights, gate: str, dropout_p: float) -> None:
@@ -121,10 +131,7 @@ def refused(weights: GateWeights) -> str:
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     h, weights, settings = _split(inputs)
     way = choose("gated_scores", h, refuses=refused(weights))
-    if way == "reference":
-        scores = gated_scores_reference(h, *weights, *settings)
-        return scores.to(accumulator(h.dtype), copy=True), _activations(h, weights, inputs[-1])
-    if way == "cpu":
+    if way in ("cpu", "reference"):
         return gated_scores_cpu(h, weights, settings, keeps=inputs[-1])
     from bagscope.kernels.gated_scores.triton import gated_scores_triton
 
@@ -153,9 +160,7 @@ def _backward(*inputs: Any) -> list[Tensor]:
     h, weights, settings = _split(inputs)
     kept, grad = inputs[-2:]
     way = choose("gated_scores", h, refuses=refused(weights))
-    if way == "reference":
-        found = _reference_gradients(h, weights, settings, grad)
-    elif way == "cpu":
+    if way in ("cpu", "reference"):
         found = gated_scores_backward_cpu(h, weights, settings, kept, grad)
     else:
         from bagscope.kernels.gated_scores.triton import gated_scores_backward_triton
@@ -167,16 +172,6 @@ def _backward(*inputs: Any) -> list[Tensor]:
 @_backward.register_fake
 def _backward_fake(*inputs: Any) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in inputs[:_TENSORS] if tensor is not None]
-
-
-def _reference_gradients(
-    h: Tensor, weights: GateWeights, settings: GateSettings, grad: Tensor
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (h, *weights)]
-        scores = gated_scores_reference(*cast(Any, leaves), **settings._asdict())
-        present = [leaf for leaf in leaves if leaf is not None]
-        return list(torch.autograd.grad(scores, present, grad.to(scores.dtype)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -67,6 +67,12 @@ def segment_softmax_pool(
             f"scores are {tuple(scores.shape)} and h is {tuple(h.shape)}; pass (T, K) and (T, D)"
         )
     require_mask(mask, *scores.shape)
+    # A compiled graph takes the streaming path: autograd does not look into custom operators.
+    if not torch.compiler.is_compiling() and choose("segment_softmax_pool", h) == "reference":
+        dtype = accumulator(h.dtype)
+        require_borders(cu_seqlens, len(h))
+        wide = (scores.to(dtype), h.to(dtype))
+        return SegmentPool(*segment_softmax_pool_reference(*wide, cu_seqlens, mask))
     return SegmentPool(*torch.ops.bagscope.segment_softmax_pool(scores, h, cu_seqlens, mask))
 
 
@@ -105,11 +111,7 @@ def _refuses(scores: Tensor) -> str:
 def _forward(scores: Tensor, h: Tensor, cu_seqlens: Tensor, mask: Tensor | None) -> FourTensors:
     require_borders(cu_seqlens, len(h))
     way = choose("segment_softmax_pool", h, refuses=_refuses(scores))
-    if way == "reference":
-        dtype = accumulator(h.dtype)
-        found = segment_softmax_pool_reference(scores.to(dtype), h.to(dtype), cu_seqlens, mask)
-        return found
-    if way == "cpu":
+    if way in ("cpu", "reference"):
         return segment_softmax_pool_cpu(scores, h, cu_seqlens, mask)
     from bagscope.kernels.segment_softmax_pool.triton import segment_softmax_pool_triton
 

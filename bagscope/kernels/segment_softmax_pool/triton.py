@@ -101,7 +101,7 @@ def segment_softmax_pool_fwd_kernel(
             inside = inside & (tl.load(mask_ptr + rows[:, None] * K + k[None, :], inside, 1) == 0)
         e = tl.load(scores_ptr + at, inside, 0.0).to(tl.float32)
         higher = tl.maximum(top, tl.max(tl.where(inside, e, _LOWEST), 0))
-        p = tl.where(inside, tl.exp(e - higher[None, :]), 0.0)
+        p = tl.exp(tl.where(inside, e - higher[None, :], _LOWEST))
         decay = tl.exp(top - higher)
         total = total * decay + tl.sum(p, 0)
         mean = mean * decay + tl.sum(p * e, 0)
@@ -206,7 +206,7 @@ def segment_softmax_pool_bwd_kernel(
         if HAS_MASK:
             inside = inside & (tl.load(mask_ptr + rows[:, None] * K + k[None, :], inside, 1) == 0)
         e = tl.load(scores_ptr + at, inside, 0.0).to(tl.float32)
-        a = tl.where(inside, tl.exp(e - lse[None, :]), 0.0)
+        a = tl.exp(tl.where(inside, e - lse[None, :], _LOWEST))
         t = tl.zeros((BM, BK), tl.float32)
         for feature in range(0, D, BD):
             d = feature + tl.arange(0, BD)
