@@ -16,7 +16,6 @@ rest of the T × D × N states exist a chunk at a time and are computed again in
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from bagscope.kernels import dispatch
 from bagscope.kernels.segments import require_borders
 from bagscope.kernels.selective_scan import cpu
+from bagscope.kernels.selective_scan.lanes import require_order
 from bagscope.kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["selective_scan", "selective_scan_reference"]
@@ -67,34 +67,14 @@ def selective_scan(
         ValueError: shapes, borders or order don't fit.
     """
     _require_shapes(u, delta, A, B, C, D, z, delta_bias)
-    out: Tensor = _forward(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, reverse, order
-    )[0]
+    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, reverse, order)
+    # The compiler can't look at the environment; and autograd can't look into an operator.
+    if not torch.compiler.is_compiling() and _way(u, A) == "reference":
+        require_borders(cu_seqlens, len(u))
+        require_order(order, cu_seqlens, len(u))
+        return selective_scan_reference(*inputs)
+    out: Tensor = _forward(*inputs)[0]
     return out
-
-
-def require_order(order: Tensor | None, cu_seqlens: Tensor, tiles: int) -> None:
-    """Refuse an order that is no permutation, or that takes a row out of its bag.
-
-    On a GPU only shape and dtype are looked at: values would cost a synchronisation.
-
-    Raises:
-        ValueError: names what is wrong.
-    """
-    if order is None:
-        return
-    if order.shape != (tiles,) or order.dtype != torch.int64:
-        raise ValueError(
-            f"order is {order.dtype} {tuple(order.shape)}; pass an int64 permutation of ({tiles},)"
-        )
-    if order.device.type != "cpu":
-        return
-    for start, stop in pairwise(cu_seqlens.tolist()):
-        if not torch.equal(order[start:stop].sort()[0], torch.arange(start, stop)):
-            raise ValueError(
-                f"order does not permute the rows {start} to {stop} of a bag among themselves; "
-                "let order[cu_seqlens[b]:cu_seqlens[b + 1]] hold exactly these rows"
-            )
 
 
 def _require_shapes(
@@ -148,11 +128,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     require_borders(cu_seqlens, len(u))
     require_order(order, cu_seqlens, len(u))
     way = _way(u, A)
-    if way == "reference":
-        # A copy: an operator must not hand out what its caller holds.
-        out = selective_scan_reference(*inputs).clone()
-        return out, u.new_empty(0), u.new_empty(0)
-    if way == "cpu":
+    if way in ("reference", "cpu"):
         with dispatch.own_arithmetic():
             return cpu.forward(*inputs)
     from bagscope.kernels.selective_scan import triton
@@ -176,9 +152,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 )
 def _backward(dout: Tensor, ungated: Tensor, states: Tensor, *inputs: Any) -> list[Tensor]:
     way = _way(inputs[0], inputs[2])
-    if way == "reference":
-        return _reference_gradients(dout, inputs)
-    if way == "cpu":
+    if way in ("reference", "cpu"):
         with dispatch.own_arithmetic():
             return list(cpu.backward(dout, ungated, states, *inputs))
     from bagscope.kernels.selective_scan import triton
@@ -190,20 +164,6 @@ def _backward(dout: Tensor, ungated: Tensor, states: Tensor, *inputs: Any) -> li
 def _(dout: Tensor, ungated: Tensor, states: Tensor, *inputs: Any) -> list[Tensor]:
     u = inputs[0]
     return [u.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:_TENSORS]]
-
-
-def _reference_gradients(dout: Tensor, inputs: tuple[Any, ...]) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves: list[Any] = [
-            None if t is None else t.detach().requires_grad_() for t in inputs[:_TENSORS]
-        ]
-        out = selective_scan_reference(*leaves, *inputs[_TENSORS:])
-        given = [leaf for leaf in leaves if leaf is not None]
-        if not out.requires_grad:
-            found = iter([torch.zeros_like(leaf) for leaf in given])
-        else:
-            found = iter(torch.autograd.grad(out, given, dout, materialize_grads=True))
-    return [inputs[0].new_empty(0) if leaf is None else next(found) for leaf in leaves]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,3 +70,27 @@ def _pack(lengths: list[int], lanes: int) -> tuple[list[int], list[int], int]:
         lane[bag], offset[bag] = w, load
         heapq.heappush(loads, (load + lengths[bag], w))
     return lane, offset, max(load for load, _ in loads)
+
+
+def require_order(order: Tensor | None, cu_seqlens: Tensor, tiles: int) -> None:
+    """Refuse an order that is no permutation, or that takes a row out of its bag.
+
+    On a GPU only shape and dtype are looked at: values would cost a synchronisation.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    if order is None:
+        return
+    if order.shape != (tiles,) or order.dtype != torch.int64:
+        raise ValueError(
+            f"order is {order.dtype} {tuple(order.shape)}; pass an int64 permutation of ({tiles},)"
+        )
+    if order.device.type != "cpu":
+        return
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        if not torch.equal(order[start:stop].sort()[0], torch.arange(start, stop)):
+            raise ValueError(
+                f"order does not permute the rows {start} to {stop} of a bag among themselves; "
+                "let order[cu_seqlens[b]:cu_seqlens[b + 1]] hold exactly these rows"
+            )
