@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagscope import artifacts
+from bagscope.arithmetic import keep_freed_memory
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import Job, RunReport, StageResult, select_shard
 from bagscope.cohort.progress import Reporter
@@ -278,6 +279,8 @@ def make_sessions(
     spec = study.spec.features
     tile_px = _tile_px(study, tiling)
     key = device_text(require_device(device))
+    if key == "cpu":
+        keep_freed_memory()
     sessions = []
     for encoder, folder in zip(encoders, folders, strict=True):
         known = _known_execution(folder, key)
