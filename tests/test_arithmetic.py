@@ -1,4 +1,4 @@
-"""Advice to the C library does what it says; the matrix units' trial is in features/test_precision."""
+"""The advice to the C library does what it says (matrix units: features/test_precision)."""
 
 from __future__ import annotations
 
