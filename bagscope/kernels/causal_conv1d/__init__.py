@@ -40,18 +40,18 @@ def causal_conv1d_reference(
     """Return the convolution, (T, D), bag by bag through torch's own."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows, _ = visits(cu_seqlens, len(x), reverse, order)
-    (features, taps), borders = weight.shape, cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    features, taps = weight.shape
+    lengths = cu_seqlens.diff().tolist()
     found = [
         F.conv1d(
             F.pad(bag.to(wide).t()[None], (taps - 1, 0)), weight.to(wide)[:, None],
             None if bias is None else bias.to(wide), groups=features,
         )[0].t()
-        for bag in x[rows].split(lengths[::-1] if reverse else lengths)
+        for bag in torch.split(x[rows], lengths[::-1] if reverse else lengths)
         if len(bag)
     ]  # fmt: skip
     if not found:
-        return torch.zeros_like(x)
+        return x.clone()
     y = torch.cat(found)[torch.argsort(rows)]
     return (F.silu(y) if silu else y).to(x.dtype)
 
@@ -84,7 +84,9 @@ def _taps(values: Tensor, within: Tensor, start: int, rows: int, lag: int) -> Te
     return part.masked_fill(foreign[:, None], 0.0) if bool(foreign.any()) else part
 
 
-def _before_activation(values: Tensor, within: Tensor, start: int, weight: Tensor, bias: Any) -> Any:
+def _before_activation(
+    values: Tensor, within: Tensor, start: int, weight: Tensor, bias: Any
+) -> Any:
     """Return the convolution of the rows from `start` on; `weight` is (W, D)."""
     rows = len(values) - start
     total = values.new_zeros(1, values.shape[1]) if bias is None else bias[None]
@@ -149,9 +151,10 @@ def _backward_cpu(
             takers = grad[lag : lag + own].masked_fill((places[lag : lag + own] < lag)[:, None], 0)
             total[: len(takers)].addcmul_(takers, taps[-1 - lag])
         dx.index_copy_(0, rows[start:stop], total.to(x.dtype))
-    absent = x.new_empty(0)
-    return dx, dtaps.t().to(weight.dtype, copy=True).contiguous(), (
-        absent if bias is None else dbias.to(bias.dtype)
+    return (
+        dx,
+        dtaps.t().to(weight.dtype, copy=True).contiguous(),
+        x.new_empty(0) if bias is None else dbias.to(bias.dtype),
     )
 
 

@@ -172,16 +172,15 @@ def backward(
             dbias += ddt.sum(0)
             chunk.put(du, dx)
             chunk.put(ddelta, ddt)
-    absent = u.new_empty(0)
     return (
         du,
         ddelta,
         drates.t().to(A.dtype).contiguous(),
         dB,
         dC,
-        absent if D is None else dskip.to(D.dtype),
+        u.new_empty(0) if D is None else dskip.to(D.dtype),
         dz,
-        absent if delta_bias is None else dbias.to(delta_bias.dtype),
+        u.new_empty(0) if delta_bias is None else dbias.to(delta_bias.dtype),
     )
 
 

@@ -8,6 +8,8 @@ Backward goes the same way from the last row to the first. A chunk knows nothing
 begins one has decay zero. States and sums are float32.
 """
 
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,7 +31,7 @@ def blocks(tiles: int, features: int, on_gpu: bool) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _compose(decay_a, state_a, decay_b, state_b):  # type: ignore[no-untyped-def]
+def _compose(decay_a, state_a, decay_b, state_b):
     # Zero times NaN is NaN: where nothing passes, nothing is multiplied.
     closed = decay_b == 0.0
     decay = tl.where(closed, 0.0, decay_b * decay_a)
@@ -37,7 +39,7 @@ def _compose(decay_a, state_a, decay_b, state_b):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _row_of(position, order_ptr, T, REVERSE: tl.constexpr, HAS_ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row_of(position, order_ptr, T, REVERSE: tl.constexpr, HAS_ORDER: tl.constexpr):
     """Return the row that is visited at a position."""
     row = position.to(tl.int64)
     if REVERSE:
@@ -48,7 +50,7 @@ def _row_of(position, order_ptr, T, REVERSE: tl.constexpr, HAS_ORDER: tl.constex
 
 
 @triton.jit
-def _raw_step(delta_ptr, bias_ptr, row, d, inside, D, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _raw_step(delta_ptr, bias_ptr, row, d, inside, D, HAS_BIAS: tl.constexpr):
     raw = tl.load(delta_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -56,7 +58,7 @@ def _raw_step(delta_ptr, bias_ptr, row, d, inside, D, HAS_BIAS: tl.constexpr):  
 
 
 @triton.jit
-def _step(raw, inside, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _step(raw, inside, SOFTPLUS: tl.constexpr):
     """Return the step size; log1p by its quotient, since log(1 + e) loses what is small."""
     dt = raw
     if SOFTPLUS:
@@ -69,7 +71,7 @@ def _step(raw, inside, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def selective_scan_ends_kernel(  # type: ignore[no-untyped-def]
+def selective_scan_ends_kernel(
     u_ptr, delta_ptr, rates_ptr, B_ptr, C_ptr, bias_ptr, z_ptr, dout_ptr, fresh_ptr, order_ptr,
     ends_ptr, spans_ptr, broken_ptr, T, D, N,
     BACKWARD: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
@@ -111,7 +113,7 @@ def selective_scan_ends_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def selective_scan_carry_kernel(  # type: ignore[no-untyped-def]
+def selective_scan_carry_kernel(
     ends_ptr, spans_ptr, broken_ptr, rates_ptr, chunks, D, N,
     BACKWARD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +137,7 @@ def selective_scan_carry_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]
+def selective_scan_fwd_kernel(
     u_ptr, delta_ptr, rates_ptr, B_ptr, C_ptr, skip_ptr, bias_ptr, z_ptr, fresh_ptr, order_ptr,
     states_ptr, out_ptr, ungated_ptr, T, D, N,
     SOFTPLUS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
@@ -173,7 +175,7 @@ def selective_scan_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]
+def selective_scan_bwd_kernel(
     u_ptr, delta_ptr, rates_ptr, B_ptr, C_ptr, skip_ptr, bias_ptr, z_ptr, fresh_ptr, order_ptr,
     states_ptr, grads_ptr, dout_ptr, ungated_ptr,
     du_ptr, ddelta_ptr, drates_ptr, dB_ptr, dC_ptr, dskip_ptr, dz_ptr, dbias_ptr, T, D, N,
@@ -224,9 +226,7 @@ def selective_scan_bwd_kernel(  # type: ignore[no-untyped-def]
         decay, state = tl.associative_scan((decay, added), 0, _compose)
         state += tl.where(decay == 0.0, 0.0, decay * enters[None, :])
         onward = tl.where(next_fresh[:, None], 0.0, tl.exp(next_dt * rate[None, :]))
-        onward, grad = tl.associative_scan(
-            (onward, dy * c[:, None]), 0, _compose, reverse=True
-        )
+        onward, grad = tl.associative_scan((onward, dy * c[:, None]), 0, _compose, reverse=True)
         grad += tl.where(onward == 0.0, 0.0, onward * returns[None, :])
         tl.store(dC_ptr + share + row * N + n, tl.sum(dy * state, 1), mask=real)
         tl.store(dB_ptr + share + row * N + n, tl.sum(grad * dt * u, 1), mask=real)
@@ -312,11 +312,12 @@ def backward(
     order: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias (empty where absent)."""
-    absent = u.new_empty(0)
     if not u.numel():
-        given = (u, delta, A, B, C, D, z, delta_bias)
-        return tuple(absent if t is None else torch.zeros_like(t) for t in given)
-    tensors = [t if t is None else t.contiguous() for t in (u, delta, B, C, D, z, delta_bias, order)]
+        every = (u, delta, A, B, C, D, z, delta_bias)
+        return tuple(u.new_empty(0) if t is None else torch.zeros_like(t) for t in every)
+    tensors = [
+        t if t is None else t.contiguous() for t in (u, delta, B, C, D, z, delta_bias, order)
+    ]
     x, step, b, c, skip, gate, bias, turn = tensors
     rates, fresh = A.t().float().contiguous(), _fresh(cu_seqlens, len(u), reverse)
     dout = dout.contiguous()
@@ -324,10 +325,11 @@ def backward(
     rows, block, warps = blocks(tiles, features, u.is_cuda)
     chunks, side = triton.cdiv(tiles, rows), triton.cdiv(features, block)
     _, ends, spans, broken = _facts(u, chunks, states, kept)
-    new = {"dtype": torch.float32, "device": u.device}
+    like: dict[str, Any] = {"dtype": u.dtype, "device": u.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": u.device}
     grads = torch.empty(chunks, states, features, **new)
-    du, ddelta = torch.empty_like(x), torch.empty_like(step)
-    dz = absent if gate is None else torch.empty_like(gate)
+    du, ddelta = torch.empty(u.shape, **like), torch.empty(u.shape, **like)
+    dz = u.new_empty(0) if z is None else torch.empty(z.shape, **like)
     drates = torch.empty(chunks, states, features, **new)
     dB = torch.empty(side, tiles, states, **new)
     dC = torch.empty(side, tiles, states, **new)
@@ -356,9 +358,9 @@ def backward(
         drates.sum(0).t().to(A.dtype).contiguous(),
         dB.sum(0).to(B.dtype),
         dC.sum(0).to(C.dtype),
-        absent if D is None else dskip.sum(0).to(D.dtype),
+        u.new_empty(0) if D is None else dskip.sum(0).to(D.dtype),
         dz,
-        absent if delta_bias is None else dbias.sum(0).to(delta_bias.dtype),
+        u.new_empty(0) if delta_bias is None else dbias.sum(0).to(delta_bias.dtype),
     )
 
 
@@ -369,12 +371,10 @@ def _fresh(cu_seqlens: Tensor, tiles: int, reverse: bool) -> Tensor:
     return fresh.index_fill_(0, tiles - borders if reverse else borders, 1)
 
 
-def _facts(
-    u: Tensor, chunks: int, states: int, kept: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _facts(u: Tensor, chunks: int, states: int, kept: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return one buffer, and its parts: entering states, sums of step sizes, bags that begin."""
     features = u.shape[1]
-    sizes = (chunks * states * features, chunks * features, chunks)
+    sizes = [chunks * states * features, chunks * features, chunks]
     if kept is None:
         kept = torch.empty(sum(sizes), dtype=torch.float32, device=u.device)
-    return (kept, *kept.split(sizes))
+    return (kept, *torch.split(kept, sizes))

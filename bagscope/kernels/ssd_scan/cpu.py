@@ -48,7 +48,7 @@ class _Chunk:
 
     def for_groups(self, headed: Tensor) -> Tensor:
         """Return the sum over the heads of each group."""
-        return headed.unflatten(0, (len(self.B), -1)).sum(1)
+        return headed.view(len(self.B), -1, *headed.shape[1:]).sum(1)
 
 
 def _read(
@@ -166,8 +166,7 @@ def backward(
             dD += (dy * values).sum((0, 2))
         dx[here] = shown
         dB[here], dC[here] = db.transpose(0, 1), dc.transpose(0, 1)
-    absent = x.new_empty(0)
-    return dx, ddt, dA.to(A.dtype), dB, dC, absent if D is None else dD.to(D.dtype), dz
+    return dx, ddt, dA.to(A.dtype), dB, dC, x.new_empty(0) if D is None else dD.to(D.dtype), dz
 
 
 def _gradients(

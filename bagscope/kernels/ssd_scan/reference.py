@@ -36,6 +36,6 @@ def ssd_scan_reference(
             y = (state @ c[:, :, None])[:, :, 0]
             outputs.append(y if D is None else y + D.to(wide)[:, None] * value)
     if not outputs:
-        return torch.zeros_like(x)
+        return x.clone()
     y = torch.stack(outputs)
     return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
