@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.test_linear_attention import RELATIVES, bag_by_bag, case, check, check_linear
 
-LENGTHS = (0, 1, 2, 0, 63, 100, 300)
+LENGTHS = (0, 1, 63, 200)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -27,4 +27,4 @@ def test_outputs_and_gradients(
 @pytest.mark.parametrize("name", RELATIVES)
 def test_relatives(name: str) -> None:
     ours, plain = RELATIVES[name]
-    check(ours, lambda **x: bag_by_bag(plain, **x), case((0, 1, 7, 63, 300), dv=5))
+    check(ours, lambda **x: bag_by_bag(plain, **x), case((0, 5, 140), heads=1, dv=5))
