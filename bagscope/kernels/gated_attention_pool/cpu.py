@@ -117,8 +117,8 @@ class Hidden:
         """Return the gradients of weight and bias in their dtypes, None for an absent bias."""
         weight, bias = problem.projection_weight, problem.projection_bias
         return [
-            None if weight is None else self.grad_weight.to(weight.dtype, copy=True),
-            None if bias is None else self.grad_bias.to(bias.dtype, copy=True),
+            None if weight is None else self.grad_weight.to(weight.dtype),
+            None if bias is None else self.grad_bias.to(bias.dtype),
         ]
 
 
@@ -179,8 +179,7 @@ def gated_attention_pool_backward_cpu(
             for bag, first, last in parts:
                 here = slice(first - start, last - start)
                 grad_e[here], a = gradient.piece(bag, e[here], wide[here])
-                if gradient.g is not None:
-                    grad_here[here] = a @ gradient.g[bag]
+                gradient.spread(a, bag, grad_here[here])
             if grads.scores is not None:
                 grad_e += grads.scores[start:stop]
             kept_gates = outputs.kept_gates[start:stop]

@@ -168,18 +168,13 @@ class Gates:
 
     def gradients(self, weights: GateWeights) -> list[Tensor | None]:
         """Return the gradients in the parameters' order and dtypes, None for absent ones."""
-        width = self.width
-        found = [
-            self.grad_weight[:width],
-            self.grad_bias[:width],
-            self.grad_weight[width:],
-            self.grad_bias[width:],
-            self.grad_w,
-            self.grad_c,
-        ]
+        first, second = self.grad_weight[: self.width], self.grad_weight[self.width :]
+        bias, second_bias = self.grad_bias[: self.width], self.grad_bias[self.width :]
+        found = (first, bias, second, second_bias, self.grad_w, self.grad_c)
+        # Halves of one tensor must not be handed out as two that share memory.
         return [
-            None if weight is None else grad.to(weight.dtype, copy=True)
-            for grad, weight in zip(found, weights, strict=True)
+            None if weight is None else grad.to(weight.dtype, copy=self.is_gated and place < 4)
+            for place, (grad, weight) in enumerate(zip(found, weights, strict=True))
         ]
 
 

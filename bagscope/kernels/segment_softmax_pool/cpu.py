@@ -103,6 +103,15 @@ class PoolGradient:
             found -= self.slope[bag] * finite(e)
         return found.mul_(a), a
 
+    def spread(self, a: Tensor, bag: int, out: Tensor) -> None:
+        """Write the gradient of a piece's h (R,D), from its weights, into out."""
+        if self.g is None:
+            return
+        if out.dtype == a.dtype:
+            torch.mm(a, self.g[bag], out=out)
+        else:
+            out.copy_(a @ self.g[bag])
+
 
 def finite(e: Tensor) -> Tensor:
     """Return the scores with 0 where masked: the weight there, zero, times -inf would be NaN."""
@@ -152,6 +161,5 @@ def segment_softmax_pool_backward_cpu(
             for bag, first, last in parts:
                 here = slice(first - start, last - start)
                 grad_scores[first:last], a = gradient.piece(bag, e[here], rows[here])
-                if gradient.g is not None:
-                    grad_h[first:last] = a @ gradient.g[bag]
+                gradient.spread(a, bag, grad_h[first:last])
     return grad_scores, grad_h
