@@ -180,7 +180,7 @@ def test_misuse_is_refused_in_words() -> None:
     inputs, cu_seqlens = problem(10), borders((4, 6))
     with pytest.raises(ValueError, match="must rise from 0 to the 10 tiles"):
         selective_scan(*inputs.values(), True, borders((4,)))
-    with pytest.raises(ValueError, match="within|among themselves"):
+    with pytest.raises(ValueError, match="among themselves"):
         selective_scan(*inputs.values(), True, cu_seqlens, False, torch.arange(10).flip(0))
     with pytest.raises(ValueError, match="pass an int64 permutation"):
         selective_scan(*inputs.values(), True, cu_seqlens, False, torch.arange(10).int())
