@@ -120,12 +120,11 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_forward.register_fake
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, B, z = inputs[0], inputs[3], inputs[6]
+    x, z = inputs[0], inputs[6]
     kept = torch.library.get_ctx().new_dynamic_size()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     ungated = x.new_empty(0) if z is None else x.new_empty(x.shape)
-    states = x.new_empty((kept, *x.shape[1:], B.shape[2]), dtype=wide)
-    return x.new_empty(x.shape), ungated, states
+    return x.new_empty(x.shape), ungated, x.new_empty(kept, dtype=wide)
 
 
 @torch.library.custom_op(

@@ -94,7 +94,7 @@ def forward(
     cu_seqlens: Tensor,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the ungated output where there is a gate, the states at the borders."""
+    """Return the output, the ungated output where there is a gate, the border states, flat."""
     out = torch.empty(x.shape, dtype=x.dtype)
     ungated = out if z is None else torch.empty(x.shape, dtype=x.dtype)
     rates = A.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -117,13 +117,13 @@ def forward(
         if z is not None:
             out[start:stop] = y * F.silu(z[start:stop].to(rates.dtype))
         state = _onward(part, state)
-    return out, x.new_empty(0) if z is None else ungated, states
+    return out, x.new_empty(0) if z is None else ungated, states.flatten()
 
 
 def backward(
     dout: Tensor,
     ungated: Tensor,
-    states: Tensor,
+    kept: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -135,7 +135,8 @@ def backward(
     chunk: int,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, dt, A, B, C, D and z (empty where absent)."""
-    wide = states.dtype
+    wide = kept.dtype
+    states = kept.view(-1, *x.shape[1:], B.shape[2])
     rates, bag = A.to(wide), bag_of_tile(cu_seqlens, len(x))
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype) for t in (x, dt, B, C))
     dz = x.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype)
