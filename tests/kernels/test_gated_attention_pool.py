@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import warnings
 from typing import Any
 
 import pytest
@@ -336,3 +338,43 @@ def test_refuses_what_does_not_fit(change: dict[str, Any], words: str) -> None:
 
 def test_kernels_in_the_interpreter() -> None:
     run_interpreted("test_gated_attention_pool.py")
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    compiled = torch.compile(ours, fullgraph=True)
+    with warnings.catch_warnings():
+        # Inductor's own imports warn of other packages' futures.
+        warnings.simplefilter("ignore")
+        found, grads = gradients(compiled, problem())
+    truth, true_grads = gradients(ours, problem())
+    for a, b in zip(found, truth, strict=True):
+        is_empty = b == -torch.inf
+        assert_close_to_float64(a[~is_empty], b[~is_empty])
+    for name, grad in grads.items():
+        assert_close_to_float64(grad, true_grads[name], what=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("keep", ["all", "nothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("branches", [1, 5, 16])
+def test_on_a_gpu(dtype: torch.dtype, branches: int, keep: str) -> None:
+    given = problem((*LONG_BESIDE_SHORT, 70_000), branches=branches)
+    low = {
+        name: None if t is None else t.to("cuda", dtype if t.is_floating_point() else t.dtype)
+        for name, t in given.items()
+    }
+    found, grads = gradients(ours, low, keep=keep)
+    theirs, their_grads = gradients(plain, low)
+    truth, true_grads = gradients(plain, doubled(low))
+    for name, a, b, c in zip(OUTPUTS, found, theirs, truth, strict=True):
+        assert_at_most_twice(a, b, c, allowance=1e-4, what=name)
+    for name in grads:
+        if name != "bias_w":
+            assert_at_most_twice(grads[name], their_grads[name], true_grads[name], what=name)
+    again, _ = gradients(ours, low, keep=keep)
+    assert all(a.equal(b) for a, b in zip(found, again, strict=True))
