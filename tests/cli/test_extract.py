@@ -197,7 +197,7 @@ def test_an_encoder_asked_for_twice_is_refused(
 
 # --- interrupted ----------------------------------------------------------------------------
 
-COPIES = 40
+COPIES = 12
 
 
 @pytest.fixture

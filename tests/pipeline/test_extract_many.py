@@ -15,6 +15,7 @@ from typing import Any
 import distributed
 import numpy as np
 import pytest
+import torch
 
 from bagscope.cohort.jobs import RunReport
 from bagscope.cohort.progress import Event, Progress, RunFinished, SlideFinished
@@ -22,7 +23,7 @@ from bagscope.errors import WorkerDied
 from bagscope.features.feature_file import read_feature_file
 from bagscope.pipeline.extract import ExtractOptions, ExtractResult, extract_cohort
 from bagscope.pipeline.extract_devices import _Ended, _Merged
-from bagscope.pipeline.study import Study, init_study, open_study
+from bagscope.pipeline.study import Study, available_cores, init_study, open_study
 from tests.cli.conftest import slides_once
 
 __all__ = ["slides_once"]
@@ -44,11 +45,16 @@ class Listener:
 
 @pytest.fixture(scope="module")
 def alone(slides_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A study that one process extracted."""
+    """A study that one process extracted, on as many threads as a fresh process takes."""
     folder = tmp_path_factory.mktemp("alone") / "study"
     init_study(folder, str(slides_once))
     study = open_study(folder, OPTIONS)
-    assert extract_cohort(study, Listener()).report.counts["done"] == 3
+    threads = torch.get_num_threads()
+    torch.set_num_threads(available_cores())
+    try:
+        assert extract_cohort(study, Listener()).report.counts["done"] == 3
+    finally:
+        torch.set_num_threads(threads)
     return study
 
 
