@@ -21,6 +21,7 @@ from bagscope.kernels.gated_scores.cpu import (
     add_product,
     computing_dtype,
     linear,
+    unwritten,
 )
 from bagscope.kernels.gated_scores.dropout import chunk_dropout
 from bagscope.kernels.segment_softmax_pool.cpu import Pool, PoolGradient, accumulator, masked
@@ -79,9 +80,9 @@ class Hidden:
         is_changed_after = self.activation == "gelu" or self.dropout_p > 0
         self.after = torch.empty_like(self.before) if is_changed_after else self.before
         self.dropped: Tensor | None = None
-        sums = accumulator(like.dtype)
-        self.grad_weight = torch.zeros_like(self.weight, dtype=sums)
+        self.grad_weight = unwritten(self.weight, accumulator(like.dtype), rows)
         self.grad_bias = self.grad_weight.new_zeros(len(self.weight))
+        self.is_first = True
 
     def project(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Return what is kept of a chunk x (R,F), written into `out` where given."""
@@ -108,7 +109,8 @@ class Hidden:
             torch.ops.aten.threshold_backward.grad_input(grad, before, 0, grad_input=grad)
         elif self.activation == "gelu":
             torch.ops.aten.gelu_backward.grad_input(grad, before, grad_input=grad)
-        add_product(self.grad_weight, grad, x)
+        add_product(self.grad_weight, grad, x, is_first=self.is_first)
+        self.is_first = False
         self.grad_bias += grad.sum(0, dtype=self.grad_bias.dtype)
         if grad_x is not None:
             torch.mm(grad, self.weight, out=grad_x)
@@ -160,7 +162,7 @@ def gated_attention_pool_backward_cpu(
         outputs.pooled, outputs.lse, outputs.entropy, (grads.pooled, grads.lse, grads.entropy)
     )
     grad_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    grad_h = like.new_zeros(rows, weights.weight_v.shape[1])
+    grad_h = like.new_empty(rows, weights.weight_v.shape[1])
     grad_rows = like.new_empty(rows, x.shape[1]) if needs_x and hidden is not None else None
     with own_arithmetic():
         for start, stop, parts in pieces(problem.cu_seqlens):

@@ -93,8 +93,9 @@ class Gates:
             self.w_computing = self.w.to(like.dtype)
             self.dz = torch.empty_like(self.z)
             self.dg = torch.empty_like(self.product)
-            self.grad_weight = torch.zeros_like(self.weight, dtype=self.sums)
+            self.grad_weight = unwritten(self.weight, self.sums, rows)
             self.grad_bias = self.grad_weight.new_zeros(len(self.weight))
+            self.is_first = True
             self.grad_w = torch.zeros_like(self.w)
             self.grad_c = self.w.new_zeros(len(self.w))
 
@@ -142,7 +143,8 @@ class Gates:
         self.grad_w.addmm_(grad.T, product.to(self.sums))
         self.grad_c += grad.sum(0)
         dz = self._through_gates(grad, z, dropped)
-        add_product(self.grad_weight, dz, h)
+        add_product(self.grad_weight, dz, h, is_first=self.is_first)
+        self.is_first = False
         self.grad_bias += dz.sum(0, dtype=self.sums)
         grad_h.addmm_(dz, self.weight)
 
@@ -178,6 +180,11 @@ class Gates:
         ]
 
 
+def unwritten(weight: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+    """Return room for a weight's gradient: the first chunk writes it, zeros where none comes."""
+    return (torch.empty_like if rows else torch.zeros_like)(weight, dtype=dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write x weightᵀ + bias into out."""
     if bias is None:
@@ -186,10 +193,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.T, out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add aᵀ b to a total that may be of a wider dtype."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool = False) -> None:
+    """Add aᵀ b to a total that may be of a wider dtype; the first time, write it."""
     if total.dtype == a.dtype:
-        total.addmm_(a.T, b)
+        total.addmm_(a.T, b, beta=0 if is_first else 1)
+    elif is_first:
+        total.copy_(a.T @ b)
     else:
         total += a.T @ b
 

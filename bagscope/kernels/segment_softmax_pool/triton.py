@@ -50,6 +50,11 @@ def split_bags(cu_seqlens: Tensor, tiles: int, rows: int = SPLIT_ROWS) -> Splits
     return Splits(bag, torch.where(is_real, start, 0), torch.where(is_real, stop, 0), first)
 
 
+def split_rows(tiles: int) -> int:
+    """Return the rows of a split: about 512 splits fill a device, and more only delay the merge."""
+    return max(SPLIT_ROWS, triton.next_power_of_2(triton.cdiv(tiles, 512)))
+
+
 def blocks(features: int, columns: int) -> tuple[int, int, int]:
     """Return the blocks of rows, features and columns."""
     block_d = min(128, max(16, triton.next_power_of_2(features)))
@@ -240,7 +245,7 @@ def segment_softmax_pool_triton(
     scores, h = rowwise(scores), rowwise(h)
     tiles, features = h.shape
     bags, columns = len(cu_seqlens) - 1, scores.shape[1]
-    splits = split_bags(cu_seqlens, tiles)
+    splits = split_bags(cu_seqlens, tiles, split_rows(tiles))
     options: dict[str, Any] = {"dtype": accumulator(h.dtype), "device": h.device}
     top, total, mean = (torch.empty(len(splits.bag), columns, **options) for _ in range(3))
     partial = torch.empty(len(splits.bag), columns, features, **options)
