@@ -58,6 +58,15 @@ def test_imports_flow_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_kernels_are_for_models_and_know_nothing_else(path: Path) -> None:
+    room = room_of(path)
+    if room == "kernels":
+        assert imported_rooms(path) <= {"kernels", "arithmetic"}
+    elif room != "mil" and path.name != "doctor.py":
+        assert "kernels" not in imported_rooms(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_no_module_grows_beyond_500_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 

@@ -154,13 +154,13 @@ def _compute(problems: list[str]) -> dict[str, str]:
         problems.append(f"PyTorch can't be loaded ({error}); run pip install torch")
         return {"torch": "missing"}
     from bagscope.features.precision import cpu_policy
+    from bagscope.kernels import dispatch
 
     found: dict[str, Any] = {
         "torch threads": str(torch.get_num_threads()),
         "arithmetic": cpu_policy().note,
     }
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             memory_gib = card.total_memory / 2**30
@@ -169,10 +169,8 @@ def _compute(problems: list[str]) -> dict[str, str]:
             )
     else:
         found["GPU"] = "none that torch can use"
-    triton = importlib.util.find_spec("triton") is not None
-    found["kernels"] = (
-        "triton" if cuda and triton else "torch on the CPU (no CUDA device)" if triton else "torch"
-    )
+    for device, way in dispatch.table().items():
+        found[f"kernels, {device}"] = way
     return found
 
 

@@ -141,7 +141,7 @@ def test_doctor_speaks_json_and_stays_offline(bagscope: Command) -> None:
     assert checks["packages"]["numpy"]
     assert checks["slides"]["OpenSlide"].startswith(("4", "5"))
     assert "network" not in checks
-    assert "kernels" in checks["compute"]
+    assert checks["compute"]["kernels, cpu"] == "cpu"
     text = bagscope("doctor")
     assert "OpenSlide" in text.out
 
