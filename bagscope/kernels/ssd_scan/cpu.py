@@ -158,7 +158,7 @@ def backward(
         onward = before
         dvalues = dvalues.transpose(0, 1)
         # Every row's exponent is a sum from the chunk's border on.
-        drate = dsums.double().flip(1).cumsum(1).flip(1).t().to(wide)
+        drate = dsums.flip(1).cumsum(1).flip(1).t().to(wide)
         ddt[here] = (dvalues * values).sum(2) + drate * rates
         dA += (drate * step).sum(0)
         shown = dvalues * step[:, :, None]
@@ -173,7 +173,7 @@ def backward(
 def _gradients(
     part: _Chunk, dy: Tensor, state: Tensor, onward: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x̃, B, C, of the sums c (H, L), and of the state that entered.
+    """Return the gradients of x̃, B, C, of the sums c (H, L), and of the entering state.
 
     Args:
         part: the chunk.
@@ -188,7 +188,9 @@ def _gradients(
     state = torch.where(part.entering[:, :1, None] > 0, state, 0.0)
     dweights = (dy @ part.values.transpose(1, 2)) * part.within
     dproducts = part.for_groups(dweights)
-    dexponent = dweights * products
+    # A row's own weight has no exponent. The sums cancel, but for what lies between: float64.
+    dexponent = (dweights * products).tril_(-1)
+    rows, columns = (dexponent.sum(side, dtype=torch.float64) for side in (2, 1))
     returned = B @ onward.transpose(1, 2)
     dvalues = (products * part.within).transpose(1, 2) @ dy + leaving * returned
     weighted = entering * dy
@@ -196,7 +198,7 @@ def _gradients(
     dB = dproducts.transpose(1, 2) @ part.C + part.for_groups((leaving * part.values) @ onward)
     seen = (weighted * (C @ state.transpose(1, 2))).sum(2)
     left = part.leaving * (part.values * returned).sum(2)
-    dsums = dexponent.sum(2) - dexponent.sum(1) + seen - left
-    dsums[:, -1] += left.sum(1) + part.through * (state * onward).sum((1, 2))
+    dsums = rows - columns + seen - left
+    dsums[:, -1] += left.double().sum(1) + part.through * (state * onward).sum((1, 2))
     before = part.through[:, None, None] * onward + weighted.transpose(1, 2) @ C
     return dvalues, dB, dC, dsums, before

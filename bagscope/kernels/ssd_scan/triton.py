@@ -186,8 +186,11 @@ def ssd_scan_bwd_kernel(
     dvalues = tl.dot(tl.trans(products * within), dy, input_precision=PRECISION)
     dc = tl.dot(dweights, b, input_precision=PRECISION)
     db = tl.dot(tl.trans(dweights), c, input_precision=PRECISION)
-    dexponent = dweights * products
-    dsums = tl.sum(dexponent, 1) - tl.sum(dexponent, 0)
+    # A row's rate counts for every pair of rows around it: sums that don't cancel.
+    place = tl.arange(0, ROWS)
+    dexponent = tl.where(place[:, None] > place[None, :], dweights * products, 0.0)
+    around = tl.cumsum(dexponent, 1) - dexponent
+    drate = tl.sum(tl.where(place[:, None] >= place[None, :], around, 0.0), 0)
     # What leaves: through the rows of the chunk's last bag.
     onward = _state(onward_ptr, index, P, N, BLOCK_P, BLOCK_N)
     returned = tl.dot(b, tl.trans(onward), input_precision=PRECISION) * leaving[:, None]
@@ -201,9 +204,9 @@ def ssd_scan_bwd_kernel(
     weighted = dy * entering[:, None]
     dc += tl.dot(weighted, state, input_precision=PRECISION)
     seen = tl.dot(c, tl.trans(state), input_precision=PRECISION)
-    dsums += tl.sum(weighted * seen, 1) - left
-    whole = tl.sum(left, 0) + through * tl.sum(tl.sum(state * onward, 1), 0)
-    drate = tl.cumsum(dsums, 0, reverse=True) + whole
+    entered = tl.sum(weighted * seen, 1)
+    whole = through * tl.sum(tl.sum(state * onward, 1), 0)
+    drate += tl.cumsum(entered, 0, reverse=True) + tl.cumsum(left, 0) - left + whole
     drate = tl.where(position < T, drate, 0.0)
     rate = tl.load(A_ptr + head).to(tl.float32)
     ddt = tl.sum(dvalues * x, 1) + drate * rate
