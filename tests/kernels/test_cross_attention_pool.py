@@ -283,5 +283,20 @@ def test_retrieval_stops_bag_by_bag() -> None:
         torch.testing.assert_close(alone[0], together[bag])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    inputs = case((3, 1, 4097, 0, 100), d=64, dv=64, dtype=dtype)
+    device = {name: value.cuda() for name, value in inputs.items() if value is not None}
+    found, grads = gradients(with_weights, dict(device))
+    truth, true_grads = gradients(reference, doubled(inputs))
+    rtol = 1e-4 if dtype is torch.float32 else 3e-2
+    for output, expected in zip(found, truth, strict=True):
+        assert_close_to_float64(output, expected, rtol=rtol)
+    for name in ("q", "k", "v"):
+        assert_close_to_float64(grads[name], true_grads[name], rtol=rtol, what=name)
+
+
 def test_interpreted_kernels() -> None:
     run_interpreted("test_cross_attention_pool.py")

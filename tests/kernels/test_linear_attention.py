@@ -302,5 +302,21 @@ def test_lightning_vectors() -> None:
     layer.compare(layer.linear("o_proj", out * torch.sigmoid(gate)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["linear", *RELATIVES])
+def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    inputs = case((3, 1, 4097, 0, 100), d=64, dv=64, dtype=dtype)
+    device = {key: value.cuda() for key, value in inputs.items() if value is not None}
+    ours = linear_attention if name == "linear" else RELATIVES[name][0]
+    found, grads = gradients(ours, dict(device))
+    truth, true_grads = gradients(ours, doubled(inputs))
+    rtol = 1e-4 if dtype is torch.float32 else 3e-2
+    assert_close_to_float64(found[0], truth[0], rtol=rtol)
+    for key in ("q", "k", "v"):
+        assert_close_to_float64(grads[key], true_grads[key], rtol=rtol, atol=1e-6, what=key)
+
+
 def test_interpreted_kernels() -> None:
     run_interpreted("test_linear_attention.py")

@@ -171,5 +171,18 @@ def hold_one_piece(rank: int, world: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    inputs = partials(9, dtype)
+    device = {name: value.cuda() for name, value in inputs.items() if value is not None}
+    found, grads = gradients(merge_partials, dict(device))
+    expected, expected_grads = gradients(merge_partials, inputs)
+    rtol = 1e-5 if dtype is torch.float32 else 1e-2
+    for a, b in zip([*found, *grads.values()], [*expected, *expected_grads.values()], strict=True):
+        assert_close_to_float64(a.nan_to_num(neginf=0), b.nan_to_num(neginf=0), rtol=rtol)
+
+
 def test_interpreted_kernels() -> None:
     run_interpreted("test_merge_partials.py")

@@ -30,7 +30,7 @@ from bagscope.kernels.segments import bag_of_tile, require_borders
 __all__ = ["cross_attention_pool", "cross_attention_pool_reference"]
 
 _OP = "cross_attention_pool"
-_WIDEST = 256
+_WIDEST = 128
 
 
 def cross_attention_pool(
@@ -114,7 +114,7 @@ def _retrieve(
 def _refuses(k: Tensor, v: Tensor) -> str:
     if k.dtype != v.dtype:
         return "k and v differ in dtype"
-    return "heads are wider than 256" if max(k.shape[-1], v.shape[-1]) > _WIDEST else ""
+    return f"heads are wider than {_WIDEST}" if max(k.shape[-1], v.shape[-1]) > _WIDEST else ""
 
 
 def _way(k: Tensor, v: Tensor) -> Any:

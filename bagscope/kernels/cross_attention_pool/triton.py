@@ -28,6 +28,8 @@ def blocks(tiles: int, m: int, heads: int, d: int, dv: int) -> dict[str, int]:
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
         "BLOCK_DV": max(16, triton.next_power_of_2(dv)),
         "BLOCK_T": 64 if width <= 64 else 32,
+        "num_warps": 4 if width <= 64 else 8,
+        "num_stages": 2 if width <= 64 else 1,
     }
 
 

@@ -191,6 +191,8 @@ def sizes(x: Tensor, d: int, dv: int, feature_map: str) -> dict[str, int | str]:
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
         "BLOCK_DV": max(16, triton.next_power_of_2(dv)),
         "BLOCK_T": 64 if max(d, dv) <= 64 else 32,
+        "num_warps": 4 if max(d, dv) <= 64 else 8,
+        "num_stages": 2 if max(d, dv) <= 64 else 1,
     }
 
 

@@ -149,6 +149,8 @@ def _sizes(q: Tensor, v: Tensor) -> dict[str, int]:
         "BLOCK_T": BLOCK,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
         "BLOCK_DV": max(16, triton.next_power_of_2(dv)),
+        "num_warps": 4 if max(d, dv) <= 64 else 8,
+        "num_stages": 2 if max(d, dv) <= 64 else 1,
     }
 
 
