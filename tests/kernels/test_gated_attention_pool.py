@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -15,6 +17,7 @@ from bagscope.kernels.segment_softmax_pool import attention_weights
 from tests.kernels.packed import (
     LONG_BESIDE_SHORT,
     RAGGED,
+    ROOT,
     assert_at_most_twice,
     assert_close_to_float64,
     bags_of,
@@ -338,6 +341,15 @@ def test_refuses_what_does_not_fit(change: dict[str, Any], words: str) -> None:
 
 def test_kernels_in_the_interpreter() -> None:
     run_interpreted("test_gated_attention_pool.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's memory marks")
+def test_a_step_that_keeps_nothing_needs_little_memory() -> None:
+    script = ROOT / "benchmarks/bench_kernels.py"
+    command = [sys.executable, script, "--memory-of", "nothing", "--tiles", "20000"]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert float(run.stdout.split()[-1]) <= 64
 
 
 @pytest.mark.slow

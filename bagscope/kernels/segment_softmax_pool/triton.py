@@ -52,7 +52,8 @@ def split_bags(cu_seqlens: Tensor, tiles: int, rows: int = SPLIT_ROWS) -> Splits
 
 def split_rows(tiles: int) -> int:
     """Return the rows of a split: about 512 splits fill a device, and more only delay the merge."""
-    return max(SPLIT_ROWS, triton.next_power_of_2(triton.cdiv(tiles, 512)))
+    wanted = (tiles + 511) // 512
+    return max(SPLIT_ROWS, 1 << max(wanted - 1, 0).bit_length())
 
 
 def blocks(features: int, columns: int) -> tuple[int, int, int]:
