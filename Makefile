@@ -52,6 +52,13 @@ bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
 	$(BIN)/python benchmarks/bench_cohort.py
 	$(BIN)/python benchmarks/bench_extract.py
 	$(BIN)/python benchmarks/bench_store.py
+	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/bench_scan.py
+
+bench-gpu: $(READY) ## the kernels' tests and benchmark on a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/kernels
+	$(BIN)/python benchmarks/bench_kernels.py --device cuda --compile --record
 
 drill: $(READY) ## kill runs at random moments and resume; damage files and find it
 	$(BIN)/python benchmarks/drill.py --kills 200
@@ -67,4 +74,4 @@ docs: $(READY) ## check the docs: links, named verbs, and that the README's comm
 clean: ## remove the environment and everything that a verb made
 	rm -rf $(VENV) demo build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo fmt lint check test test-gpu bench drill golden docs clean
+.PHONY: help install demo fmt lint check test test-gpu bench bench-gpu drill golden docs clean
