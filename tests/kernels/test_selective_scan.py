@@ -168,12 +168,14 @@ def test_the_way_can_be_forced(way: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_lanes_hold_every_row_once_and_waste_little() -> None:
     for lengths in (RAGGED, LONG_BESIDE_SHORT, (7,) * 100, (1000,), (1,) * 1000):
         cu_seqlens, tiles = borders(lengths), sum(lengths)
-        lanes = lay_lanes(cu_seqlens, tiles, False, None)
+        lanes = lay_lanes(cu_seqlens, tiles, False, None, 1024)
         busy = lanes.rows if lanes.idle is None else lanes.rows[~lanes.idle]
         assert torch.equal(busy.flatten().sort()[0], torch.arange(tiles))
         assert lanes.rows.numel() <= 1.16 * tiles
         assert int(lanes.starts.sum()) == sum(length > 0 for length in lengths)
-    assert lay_lanes(borders((1,) * 1000), 1000, False, None).rows.shape[1] == 16
+    for state, expected in ((16, 32), (1 << 13, 4), (1 << 20, 1)):
+        lanes = lay_lanes(borders((1,) * 1000), 1000, False, None, state)
+        assert lanes.rows.shape[1] == expected
 
 
 def test_misuse_is_refused_in_words() -> None:

@@ -82,7 +82,7 @@ def forward(
     ungated = out if z is None else u.new_empty(tiles, features)
     if not tiles or not features:
         return out, u.new_empty(0), given.rates.new_empty(0)
-    lanes = lay_lanes(cu_seqlens, tiles, reverse, order)
+    lanes = lay_lanes(cu_seqlens, tiles, reverse, order, given.rates.numel())
     shape = _chunk_shape(lanes, given.rates)
     borders = list(range(0, len(lanes.rows), shape[0]))
     states = given.rates.new_empty(len(borders), *shape[1:])
@@ -127,7 +127,7 @@ def backward(
     drates, dskip = torch.zeros_like(given.rates), given.rates.new_zeros(u.shape[1])
     dbias = given.rates.new_zeros(u.shape[1])
     if u.numel():
-        lanes = lay_lanes(cu_seqlens, len(u), reverse, order)
+        lanes = lay_lanes(cu_seqlens, len(u), reverse, order, given.rates.numel())
         shape = _chunk_shape(lanes, given.rates)
         decay, grad = given.rates.new_empty(shape), given.rates.new_empty(shape)
         state = given.rates.new_empty(shape[0] + 1, *shape[1:])

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from bagscope.kernels.segments import bag_of_tile
 
-_MOST_LANES = 16
+_MOST_LANES = 32
+_STEP_ELEMENTS = 1 << 15
+"""Elements that a step should have at most: up to here torch works in one thread, beyond it wakes
+others, which for so little costs more than it gives."""
 _IDLE_SHARE = 0.15
 """Share of lane positions that may stand idle; beyond it fewer lanes are less work."""
 
@@ -35,10 +38,13 @@ class Lanes:
     starts: Tensor
 
 
-def lay_lanes(cu_seqlens: Tensor, tiles: int, reverse: bool, order: Tensor | None) -> Lanes:
-    """Distribute bags over lanes; `tiles` is at least 1."""
+def lay_lanes(
+    cu_seqlens: Tensor, tiles: int, reverse: bool, order: Tensor | None, state: int
+) -> Lanes:
+    """Distribute bags over lanes; `tiles` is at least 1, `state` the elements of one state."""
     lengths = cu_seqlens.diff().tolist()
-    lanes = max(1, min(_MOST_LANES, tiles // max(lengths)))
+    most = min(_MOST_LANES, _STEP_ELEMENTS // max(1, state))
+    lanes = max(1, min(most, tiles // max(lengths)))
     lane, offset, steps = _pack(lengths, lanes)
     while lanes > 1 and steps * lanes > (1 + _IDLE_SHARE) * tiles:
         lanes -= 1
