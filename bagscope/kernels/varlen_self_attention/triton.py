@@ -141,7 +141,8 @@ def neighbourhood_attention_bwd_kernel_kv(
     _store(grad_v_ptr, grad_v, row, inside, h, H, DV, BLOCK_DV)
 
 
-def _sizes(q: Tensor, v: Tensor) -> dict[str, int]:
+def block_sizes(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Return the block sizes for heads of these widths."""
     d, dv = q.shape[-1], v.shape[-1]
     return {
         "D": d,
@@ -163,7 +164,7 @@ def forward_near(
     heads = q.shape[1]
     neighbourhood_attention_fwd_kernel[(len(near.start), heads)](
         q, k, v, near.places, near.start, near.stop, near.first, near.near, out, lse,
-        scale, near.r, heads, **_sizes(q, v),
+        scale, near.r, heads, **block_sizes(q, v),
     )  # fmt: skip
     return out, lse
 
@@ -179,7 +180,7 @@ def backward_near(
     given = (
         q, k, v, near.places, near.start, near.stop, near.first, near.near, lse, delta, grad,
     )  # fmt: skip
-    sizes = _sizes(q, v)
+    sizes = block_sizes(q, v)
     grid = (len(near.start), heads)
     neighbourhood_attention_bwd_kernel_q[grid](*given, grads[0], scale, near.r, heads, **sizes)
     neighbourhood_attention_bwd_kernel_kv[grid](*given, *grads[1:], scale, near.r, heads, **sizes)
