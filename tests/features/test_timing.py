@@ -98,8 +98,7 @@ def test_standing_in_line_for_a_core_is_no_waiting_for_bytes(
         pytest.skip("this system does not tell how long a thread stood in line")
     code = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
     crowd = [
-        subprocess.Popen([sys.executable, "-c", code])
-        for _ in range(len(os.sched_getaffinity(0)))
+        subprocess.Popen([sys.executable, "-c", code]) for _ in range(len(os.sched_getaffinity(0)))
     ]
     try:
         ran = run_engine(study, session_of(Tiny()), tmp_path, work=read_crunching)
