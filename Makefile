@@ -41,7 +41,7 @@ check: lint ## lint, types and fast tests
 test: $(READY) ## every test that this machine can run, with coverage
 	$(BIN)/python -m pytest -m 'not network' -n $(JOBS) --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --sort=cover
-	$(BIN)/coverage report --include='bagscope/wsi/*,bagscope/cohort/*,bagscope/artifacts.py' --fail-under=90 --format=total
+	$(BIN)/coverage report --include='bagscope/wsi/*,bagscope/cohort/*,bagscope/features/*,bagscope/artifacts.py' --fail-under=90 --format=total
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
