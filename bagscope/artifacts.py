@@ -147,19 +147,16 @@ def stated_seal(path: Path) -> str | None:
 
     It is found by its mark, not by a library for the file's format: those trust what they read.
     """
-    place = _seal_place(path)
-    if place is None:
-        return None
-    with path.open("rb") as handle:
-        handle.seek(place)
-        return handle.read(64).decode()
+    seal = _find_seal(path)
+    return None if seal is None else seal[1]
 
 
 def seal_holds(path: Path) -> bool:
     """Return whether a file still is what it was when it was sealed."""
-    begin, stated = _seal_place(path), stated_seal(path)
-    if begin is None or stated is None:
+    seal = _find_seal(path)
+    if seal is None:
         return False
+    begin, stated = seal
     digest = hashlib.sha256()
     end = begin + len(stated)
     with path.open("rb") as handle:
@@ -173,15 +170,16 @@ def seal_holds(path: Path) -> bool:
     return digest.hexdigest() == stated
 
 
-def _seal_place(path: Path) -> int | None:
-    """Return where in a file the 64 digits of its first seal begin."""
+def _find_seal(path: Path) -> tuple[int, str] | None:
+    """Return where in a file the 64 digits of its first seal begin, and the digits."""
     mark = SEAL_MARK.encode()
     with _viewed(path) as view:
         place = view.find(mark)
         while place >= 0:
             begin = place + len(mark)
-            if _HEX_DIGITS.fullmatch(bytes(view[begin : begin + 64])):
-                return begin
+            digits = bytes(view[begin : begin + 64])
+            if _HEX_DIGITS.fullmatch(digits):
+                return begin, digits.decode()
             place = view.find(mark, begin)
     return None
 

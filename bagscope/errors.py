@@ -82,3 +82,13 @@ class WorkerTimeout(WorkerError):
 
 class WorkerOutOfMemory(WorkerError):
     """The worker grew beyond its memory ceiling."""
+
+
+def first_line(error: BaseException, *, longest: int | None = None) -> str:
+    """Return the first line of what an error says, else its class, cut at `longest` letters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return all that an error says with its line ends made spaces, else its class."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -42,7 +42,7 @@ def convert(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float16 or float32 [default: float16]", show_default=False),
+        typer.Option(help="float16 or float32 (default: float16)", show_default=False),
     ] = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,

@@ -32,9 +32,16 @@ from bagscope.errors import (
     WorkerDied,
     WorkerOutOfMemory,
     WorkerTimeout,
+    first_line,
+    in_one_line,
 )
 from bagscope.features.batches import Batcher, Encoded
-from bagscope.features.feature_file import FeatureWriter, Float16Overflow, StoredDtype
+from bagscope.features.feature_file import (
+    FeatureWriter,
+    Float16Overflow,
+    StoredDtype,
+    read_feature_file,
+)
 from bagscope.features.feed import ChunkRead, FeedBroke, FeedEvent, ReadingEnded, SlideFeed, Woken
 from bagscope.features.reader import (
     ReadTask,
@@ -42,7 +49,7 @@ from bagscope.features.reader import (
     require_tiled_slide,
 )
 from bagscope.features.sink import FeatureSink, Stored
-from bagscope.features.targets import Target, is_there, open_writer, slide_record
+from bagscope.features.targets import Target, find_made, open_writer, slide_record
 from bagscope.features.timing import Ledger, Phase, Timing
 from bagscope.wsi.tile_file import TileFile, read_tile_file
 
@@ -226,17 +233,16 @@ class ExtractExecutor:
         if task.not_tiled:
             raise SlideError(task.not_tiled)
         tiles = read_tile_file(task.tile_path)
-        wanted = [
-            target
+        made = {
+            target: find_made(job.slide_id, target, tiles, overwrite=self._overwrite)
             for target in self._targets
-            if not is_there(job.slide_id, target, tiles, overwrite=self._overwrite)
-        ]
+        }
+        wanted = [target for target, file in made.items() if file is None]
         if not wanted:
             if task.slide_path.exists():  # features outlive slides that were moved away
                 require_tiled_slide(tiles, job.slide_id, self._read_task(task))
-            self._end(
-                job, slide_record(job.slide_id, self._targets, len(tiles), outcome="skipped"), 0.0
-            )
+            files = [file for file in made.values() if file is not None]
+            self._end(job, slide_record(files, len(tiles), outcome="skipped"), 0.0)
             return
         slide = _Slide(job, tiles, [], float32_of, deaths)
         slide.readable = np.ones(len(tiles), np.bool_)
@@ -298,10 +304,9 @@ class ExtractExecutor:
             with self._ledger.spending("encoding"):
                 encoded = list(batcher.run())
         except RuntimeError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise EncoderUnavailable(
-                f"encoder {session.spec.name}: failed on {session.execution.device} ({lines[0]}); "
-                "what is stored stays, give the same command again to go on"
+                f"encoder {session.spec.name}: failed on {session.execution.device} "
+                f"({first_line(error)}); what is stored stays, give the same command again to go on"
             ) from error
         self._take(encoded)
 
@@ -395,16 +400,14 @@ class ExtractExecutor:
             return
         del self._slides[slide.job.slide_id]
         try:
-            record = slide.failure or slide_record(
-                slide.job.slide_id,
-                self._targets,
-                len(slide.tiles),
-                outcome="done",
-                problems=slide.problems,
-            )
+            record = slide.failure or self._done(slide)
         except BagscopeError as error:  # somebody touched the files that were just made
             record = _failure(error)
         self._end(slide.job, record, time.monotonic() - slide.begin_s)
+
+    def _done(self, slide: _Slide) -> Record:
+        found = [read_feature_file(target.path(slide.job.slide_id)) for target in self._targets]
+        return slide_record(found, len(slide.tiles), outcome="done", problems=slide.problems)
 
     def _again(self, slide: _Slide, *, deaths: int) -> None:
         """Read a slide anew from its start; what of it still waits in batches is of no use."""
@@ -431,7 +434,7 @@ class ExtractExecutor:
 
 
 def _failure(error: BaseException) -> Record:
-    return failed(type(error).__name__, " ".join(str(error).split()) or type(error).__name__)
+    return failed(type(error).__name__, in_one_line(error))
 
 
 def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bagscope.arithmetic import avoid_broken_units
 from bagscope.artifacts import Json
-from bagscope.errors import ConfigError, EncoderUnavailable
+from bagscope.errors import ConfigError, EncoderUnavailable, first_line
 from bagscope.features.encoders.loading import LoadedEncoder, pool
 from bagscope.features.precision import Precision, choose_precision
 from bagscope.features.transform import TileTransform
@@ -218,7 +218,7 @@ class EncoderSession:
             _log.warning(
                 "encoder %s can't be compiled (%s) and runs as it is",
                 self.spec.name,
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                first_line(error),
             )
             self.run_ready = self._vectors
             return False

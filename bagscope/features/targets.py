@@ -16,6 +16,7 @@ from bagscope.errors import ArtifactError
 from bagscope.features.extraction import feature_fields
 from bagscope.features.feature_file import (
     TILE_ATTRIBUTES,
+    FeatureFile,
     FeatureHeader,
     FeatureWriter,
     StoredDtype,
@@ -45,39 +46,39 @@ class Target:
         return self.folder / f"{slide_id}.h5"
 
 
-def is_there(slide_id: str, target: Target, tiles: TileFile, *, overwrite: bool) -> bool:
-    """Return whether a slide's file is there and was made of the same.
+def find_made(
+    slide_id: str, target: Target, tiles: TileFile, *, overwrite: bool
+) -> FeatureFile | None:
+    """Return a slide's file if it is there and was made of the same, else None.
 
     Raises:
         FingerprintMismatch: it was made of something else, and is not to be replaced.
     """
     path = target.path(slide_id)
     if not path.exists():
-        return False
+        return None
     try:
         found = read_feature_file(path)
     except ArtifactError:
-        return False  # a damaged file is no reason to stop: it is made again
+        return None  # a damaged file is no reason to stop: it is made again
     fields = target.fields(tiles)
     if found.fingerprint == fingerprint(fields):
-        return True
+        return found
     if not overwrite:
         artifacts.require_same(
             found.fields, fields, what=str(path), remedy="replace it with --overwrite"
         )
-    return False
+    return None
 
 
 def slide_record(
-    slide_id: str,
-    targets: Sequence[Target],
+    found: Sequence[FeatureFile],
     tiles: int,
     *,
     outcome: Literal["done", "skipped"],
     problems: Sequence[str] = (),
 ) -> Record:
-    """Return the record of a slide of so many tiles whose files are all there."""
-    found = [read_feature_file(target.path(slide_id)) for target in targets]
+    """Return the record of a slide of so many tiles, of its files, one per encoder."""
     unreadable = tiles - len(found[0])
     warnings: tuple[str, ...] = ()
     if unreadable and problems:

@@ -20,7 +20,7 @@ from bagscope.artifacts import (
     write_json,
     write_text,
 )
-from bagscope.errors import ArtifactError, BagscopeError, EncoderUnavailable
+from bagscope.errors import ArtifactError, BagscopeError, EncoderUnavailable, first_line
 from bagscope.features.encoders.access import (
     Access,
     ask_hub,
@@ -34,6 +34,7 @@ from bagscope.features.encoders.access import (
 from bagscope.features.encoders.registry import encoder_specs, find_encoder
 from bagscope.features.encoders.spec import EncoderSpec
 from bagscope.features.encoders.weights import (
+    REASON_LETTERS,
     WeightSource,
     fetched_folder,
     hub_file,
@@ -328,7 +329,7 @@ def _run_one_tile(name: str, spec: EncoderSpec, source: WeightSource) -> tuple[f
     except BagscopeError as error:
         return None, str(error)
     except Exception as error:  # whatever a network raises is what the check is there to find
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error, longest=REASON_LETTERS)
         return None, f"encoder {spec.name}: can't run one tile ({reason}); report it to its authors"
     fault = _fault(vectors, spec)
     return (None, f"encoder {spec.name}: {fault}") if fault else (time.perf_counter() - begun, "")

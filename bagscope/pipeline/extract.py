@@ -113,7 +113,7 @@ def extract_cohort(
             report=extract_on_devices(study, devices, report, options),
             notes=_notes(study, name, encoders),
         )
-    return _extract_here(study, name, encoders, folders, devices[0], report, options)
+    return _extract_here(study, rows, name, encoders, folders, devices[0], report, options)
 
 
 def load_encoders(spec: ExtractSpec) -> list[LoadedEncoder]:
@@ -203,6 +203,7 @@ def resolve_devices(device: str) -> list[str]:
 
 def _extract_here(
     study: Study,
+    rows: Sequence[SlideRow],
     tiling: str,
     encoders: Sequence[LoadedEncoder],
     folders: Sequence[Path],
@@ -210,7 +211,6 @@ def _extract_here(
     report: Reporter,
     options: ExtractOptions,
 ) -> ExtractResult:
-    rows = study.cohort().rows
     readers = max(1, min(study.spec.run.worker_count, len(rows)))
     sessions = make_sessions(study, encoders, folders, device, tiling)
     made: list[ExtractExecutor] = []

@@ -29,7 +29,7 @@ from bagscope.cohort.progress import (
     estimate_left_s,
 )
 from bagscope.cohort.status import OUTCOMES, Outcome
-from bagscope.errors import WorkerDied
+from bagscope.errors import WorkerDied, in_one_line
 from bagscope.pipeline.extract import ExtractOptions, extract_cohort
 from bagscope.pipeline.study import Study
 
@@ -83,7 +83,7 @@ def _on_device(study: Study, key: str, options: ExtractOptions, queue: Any) -> N
     try:
         result = extract_cohort(study, _QueueReporter(queue), options)
     except Exception as error:
-        queue.put(_Ended(key, None, " ".join(str(error).split()) or type(error).__name__))
+        queue.put(_Ended(key, None, in_one_line(error)))
     else:
         queue.put(_Ended(key, result.report))
 

@@ -16,6 +16,7 @@ import math
 from typing import TYPE_CHECKING
 
 from bagscope.artifacts import canonical_json, portable_name_problem
+from bagscope.errors import first_line
 from bagscope.features.encoders.loading import pool, require_buildable
 from bagscope.features.encoders.registry import Registered, find_encoder
 from bagscope.features.encoders.spec import EncoderSpec
@@ -165,7 +166,7 @@ def _vectors(spec: EncoderSpec, network: nn.Module, batch: torch.Tensor) -> torc
     try:
         output = network(given)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise AssertionError(
             f"encoder {spec.name}: the network can't take {tuple(batch.shape)}, which the "
             f"transform makes ({reason}); correct input_px, or the network"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from bagscope import artifacts
 from bagscope.cohort.executors.protocol import Record, Work, failed
 from bagscope.cohort.jobs import Job, StageResult
-from bagscope.errors import BagscopeError, WorkerDied, WorkerOutOfMemory
+from bagscope.errors import BagscopeError, WorkerDied, WorkerOutOfMemory, in_one_line
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -83,7 +83,7 @@ def _run_pickled(pickled_work: bytes, pickled_job: bytes) -> Record:
     except Exception as error:
         return failed(
             type(error).__name__,
-            f"the worker could not load the stage or its job ({_sentence(error)}); stages and "
+            f"the worker could not load the stage or its job ({in_one_line(error)}); stages and "
             "what they are given must live in importable modules",
             _formatted(error),
         )
@@ -97,13 +97,13 @@ def run_job(work: Work, job: Job) -> Record:
     except MemoryError as error:
         return failed(
             WorkerOutOfMemory.__name__,
-            f"{job.slide_id}: memory ran out ({_sentence(error)}); use fewer workers",
+            f"{job.slide_id}: memory ran out ({in_one_line(error)}); use fewer workers",
             _formatted(error),
         )
     except BagscopeError as error:
-        return failed(type(error).__name__, _sentence(error))
+        return failed(type(error).__name__, in_one_line(error))
     except Exception as error:
-        return failed(type(error).__name__, _sentence(error), _formatted(error))
+        return failed(type(error).__name__, in_one_line(error), _formatted(error))
     except (SystemExit, KeyboardInterrupt) as error:
         return failed(
             WorkerDied.__name__,
@@ -130,11 +130,6 @@ def _checked(job: Job, result: object) -> Record:
                 f"{job.slide_id}: the stage's result can't be stored, {name} is not JSON ({error})",
             )
     return record
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
 
 
 def _formatted(error: BaseException) -> str:

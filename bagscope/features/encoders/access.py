@@ -14,10 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from bagscope.errors import EncoderUnavailable
+from bagscope.errors import EncoderUnavailable, first_line
 from bagscope.features.encoders.loading import require_buildable
 from bagscope.features.encoders.spec import EncoderSpec
 from bagscope.features.encoders.weights import (
+    REASON_LETTERS,
     WeightSource,
     fetched_folder,
     page_of,
@@ -204,11 +205,12 @@ def ask_hub(spec: EncoderSpec) -> None:
                 f"encoder {spec.name}: {page} does not exist or needs a login; run hf auth login"
             ) from error
         except HfHubHTTPError as error:
+            reason = first_line(error, longest=REASON_LETTERS)
             raise EncoderUnavailable(
-                f"encoder {spec.name}: {page} could not be read ({_first_line(error)}); try again"
+                f"encoder {spec.name}: {page} could not be read ({reason}); try again"
             ) from error
         except Exception as error:  # the client's HTTP library, and so its errors, may change
-            raise HubUnreachable(spec, _first_line(error)) from error
+            raise HubUnreachable(spec, first_line(error, longest=REASON_LETTERS)) from error
         else:
             return
     raise EncoderUnavailable(f"encoder {spec.name}: {page} holds none of {', '.join(names)}")
@@ -279,7 +281,3 @@ def _cached(spec: EncoderSpec, names: tuple[str, ...]) -> Path | None:
         if isinstance(found, str) and Path(found).is_file():
             return Path(found)
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     Builder = Callable[[EncoderSpec, WeightSource], nn.Module]
 
 ENTRY_POINT_GROUP = "bagscope.encoders"
-DEFAULT_ENCODER = "efficientnet-lite0"
 FAMILIES = (
     "clip",
     "color_texture",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bagscope.errors import EncoderUnavailable
+from bagscope.errors import EncoderUnavailable, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
 SHOWN_KEYS = 4
+REASON_LETTERS = 200
 _SIGNS_OF_CODE = ("Unsupported global", "Unsupported class", "unrecognized function")
 """What torch says of an object that is not a tensor or a plain container."""
 
@@ -160,9 +161,10 @@ def _plain_words(spec: EncoderSpec) -> Iterator[None]:
             f"{offline}; on a machine with a connection run {fetched}, and pass --weights DIR here"
         ) from error
     except (HfHubHTTPError, OSError) as error:
+        reason = first_line(error, longest=REASON_LETTERS)
         raise EncoderUnavailable(
-            f"encoder {spec.name}: {card} could not be read ({_first_line(error)}); try again, or "
-            f"fetch the weights elsewhere with {fetched}"
+            f"encoder {spec.name}: {card} could not be read ({reason}); try again, or fetch the "
+            f"weights elsewhere with {fetched}"
         ) from error
 
 
@@ -185,7 +187,11 @@ def read_state_dict(path: Path, *, what: str) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         code = any(sign in str(error) for sign in _SIGNS_OF_CODE)
-        reason = "it holds Python code, which is not run" if code else _first_line(error)
+        reason = (
+            "it holds Python code, which is not run"
+            if code
+            else first_line(error, longest=REASON_LETTERS)
+        )
         raise EncoderUnavailable(
             f"encoder {what}: {path} can't be read as weights ({reason}); copy the file again, or "
             "convert it to safetensors"
@@ -249,7 +255,3 @@ def weights_sha256(network: nn.Module) -> str:
         digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
         digests.append(digest.hexdigest())
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

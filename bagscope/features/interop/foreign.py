@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from bagscope.errors import BagscopeError, SchemaError
+from bagscope.errors import BagscopeError, SchemaError, in_one_line
 from bagscope.wsi.slide import RectL0, Spacing
 
 Frame = Literal["corner_l0", "corner_um", "centre_l0"]
@@ -110,7 +110,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     # Parsers raise whatever comes to hand on damaged bytes: TokenError, struct.error, zlib.error.
     except Exception as error:
-        said = " ".join(str(error).split())[:160] or type(error).__name__
+        said = in_one_line(error)[:160]
         raise SchemaError(f"{path}: can't be read ({said}); get or make the file again") from error
 
 
