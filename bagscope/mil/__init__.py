@@ -1,0 +1,1 @@
+"""Bags → trained models: aggregators, objectives, splits, training, evaluation, prediction."""

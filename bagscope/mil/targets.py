@@ -1,0 +1,217 @@
+"""What a model is to predict: columns of the cohort table as numbers, and never a label coerced.
+
+Every target of a bag is a row of float64, NaN where the label is missing:
+
+    classes, ordinal   (1,)  index into `classes`
+    multilabel         (L,)  0 or 1 for each of `classes`
+    regression         (1,)  the value
+    survival           (2,)  time, and 1 for an event or 0 for censored
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from bagscope.errors import CohortError
+from bagscope.specs import Spec
+
+Task = Literal["classes", "multilabel", "ordinal", "regression", "survival"]
+
+MISSING = frozenset({"", "na", "n/a", "nan", "none", "null", "?"})
+"""Cells, in lower case, that say that there is no label."""
+SEPARATOR = ";"
+"""What stands between the labels of a multi-label cell; "-" stands for "none of them"."""
+NO_LABEL = "-"
+
+_EVENT = {"1": 1.0, "true": 1.0, "yes": 1.0, "event": 1.0, "dead": 1.0, "deceased": 1.0}
+_CENSORED = {"0": 0.0, "false": 0.0, "no": 0.0, "censored": 0.0, "alive": 0.0, "living": 0.0}
+
+Value = tuple[float, ...]
+
+
+class TargetSpec(Spec):
+    """One target."""
+
+    column: str = Field(default="", description="column of the cohort table; of survival: a name")
+    task: Task = Field(default="classes", description="what kind of label it is")
+    classes: tuple[str, ...] = Field(
+        default=(), description="its values, in order; those of the table, sorted, if not set"
+    )
+    positive: str | None = Field(
+        default=None, description="of two classes, the one whose probability is reported"
+    )
+    time: str | None = Field(default=None, description="survival: column of the follow-up time")
+    event: str | None = Field(default=None, description="survival: column of the event")
+    weight: float = Field(default=1.0, gt=0, description="of its loss, among several targets")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TargetSpec:
+        if self.task == "survival":
+            if not self.time or not self.event:
+                raise ValueError("survival needs the columns of time and event")
+        elif self.time or self.event:
+            raise ValueError(f"time and event belong to survival, and the task is {self.task}")
+        elif not self.column:
+            raise ValueError("column is missing; name the column of the labels")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes are {list(self.classes)}; name each one once")
+        if self.positive is not None and self.classes and self.positive not in self.classes:
+            raise ValueError(f"positive is {self.positive!r}, not one of {list(self.classes)}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Return what the target is called in files."""
+        return self.column or "survival"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the table that it is read from."""
+        if self.task == "survival":
+            return (self.time or "", self.event or "")
+        return (self.column,)
+
+    @property
+    def is_categorical(self) -> bool:
+        """Return whether a bag has exactly one of the classes."""
+        return self.task in ("classes", "ordinal")
+
+
+def resolve_classes(target: TargetSpec, rows: Iterable[Mapping[str, str]]) -> TargetSpec:
+    """Return the target with its classes filled in from the table, where they are not given.
+
+    Two classes are put in the order (negative, positive), so that the last one is the positive.
+
+    Raises:
+        CohortError: no such column, or fewer than two classes.
+    """
+    listed = list(rows)
+    _require_columns(target, listed)
+    if target.task in ("regression", "survival"):
+        return target
+    classes = list(target.classes)
+    if not classes:
+        found: set[str] = set()
+        for row in listed:
+            cell = row[target.column].strip()
+            if cell.lower() not in MISSING:
+                found.update(_labels(cell) if target.task == "multilabel" else (cell,))
+        classes = sorted(found, key=_natural)
+    if target.task != "multilabel" and len(classes) < 2:
+        raise CohortError(
+            f"column {target.column!r}: has {len(classes)} class ({', '.join(classes) or 'none'}); "
+            "at least two are needed to learn from"
+        )
+    if target.positive is not None:
+        if target.positive not in classes:
+            raise CohortError(
+                f"column {target.column!r}: --positive {target.positive!r} is none of its values "
+                f"({', '.join(classes)})"
+            )
+        if len(classes) == 2:
+            classes.sort(key=lambda name: name == target.positive)
+    return target.model_copy(update={"classes": tuple(classes)})
+
+
+def read_value(target: TargetSpec, cells: Mapping[str, str], where: str) -> Value:
+    """Return the numbers of one row's label, NaN where it is missing.
+
+    Args:
+        target: with its classes resolved.
+        cells: of the row, by column.
+        where: the row, for messages.
+
+    Raises:
+        CohortError: a cell that is no label; names row, column and value.
+    """
+    width = width_of(target)
+    texts = [cells[column].strip() for column in target.columns]
+    if any(text.lower() in MISSING for text in texts):
+        return (math.nan,) * width
+    if target.task == "survival":
+        return _survival(target, texts, where)
+    (text,) = texts
+    if target.task == "regression":
+        return (_number(text, where, target.column),)
+    if target.is_categorical:
+        return (float(_index(target, text, where)),)
+    chosen = {_index(target, label, where) for label in _labels(text)}
+    return tuple(float(i in chosen) for i in range(width))
+
+
+def width_of(target: TargetSpec) -> int:
+    """Return how many numbers a label is."""
+    if target.task == "multilabel":
+        return len(target.classes)
+    return 2 if target.task == "survival" else 1
+
+
+def is_missing(value: Value) -> bool:
+    """Return whether a label is missing."""
+    return any(math.isnan(number) for number in value)
+
+
+def _labels(cell: str) -> list[str]:
+    parts = [part.strip() for part in cell.split(SEPARATOR)]
+    return [part for part in parts if part and part != NO_LABEL]
+
+
+def _index(target: TargetSpec, text: str, where: str) -> int:
+    if text in target.classes:
+        return target.classes.index(text)
+    near = difflib.get_close_matches(text, target.classes, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "leave the cell empty where it is not known"
+    raise CohortError(
+        f"{where}, column {target.column}: {text!r} is none of the classes "
+        f"{', '.join(target.classes)}; {hint}"
+    )
+
+
+def _number(text: str, where: str, column: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise CohortError(f"{where}, column {column}: {text!r} is not a finite number; correct it")
+    return number
+
+
+def _survival(target: TargetSpec, texts: Sequence[str], where: str) -> Value:
+    time = _number(texts[0], where, target.columns[0])
+    if time < 0:
+        raise CohortError(
+            f"{where}, column {target.columns[0]}: {texts[0]!r} is a negative time; correct it"
+        )
+    text = texts[1].lower()
+    text = text.removesuffix(".0")
+    event = _EVENT.get(text, _CENSORED.get(text))
+    if event is None:
+        raise CohortError(
+            f"{where}, column {target.columns[1]}: {texts[1]!r} is no event; write 1 for an event "
+            "and 0 for a censored time"
+        )
+    return (time, event)
+
+
+def _require_columns(target: TargetSpec, rows: Sequence[Mapping[str, str]]) -> None:
+    known = list(rows[0]) if rows else []
+    for column in target.columns:
+        if column not in known:
+            near = difflib.get_close_matches(column, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "pass --labels with a clinical table"
+            there = ", ".join(known) or "none"
+            raise CohortError(f"no label column {column!r} (there are: {there}); {hint}")
+
+
+def _natural(text: str) -> tuple[int, float, str]:
+    """Sort numbers by value and before words."""
+    try:
+        return (0, float(text), text)
+    except ValueError:
+        return (1, 0.0, text)
