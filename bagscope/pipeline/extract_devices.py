@@ -1,7 +1,8 @@
 """Extraction on several devices of this machine: one process each, the slides dealt by claims.
 
 A process takes the next slide that no other one has claimed, so a fast device does more than a slow
-one, and a device that fails leaves its slides to the others.
+one, and a device that fails leaves its slides to the others. Each works on as many threads as this
+process does, whatever their surroundings say, and so makes the bytes that this one would make.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def extract_on_devices(
     Raises:
         WorkerDied: every device's process came to a bad end; says how.
     """
+    import torch
+
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     workers = max(1, study.spec.run.worker_count // len(devices))
@@ -66,7 +69,9 @@ def extract_on_devices(
         )
         part = Study(folder=study.folder, spec=spec)
         key = f"{device}/{len(processes)}"
-        processes[key] = context.Process(target=_on_device, args=(part, key, options, queue))
+        processes[key] = context.Process(
+            target=_on_device, args=(part, key, options, torch.get_num_threads(), queue)
+        )
     merged = _Merged(report)
     with _passing_on_sigterm(processes.values()):
         for process in processes.values():
@@ -77,10 +82,13 @@ def extract_on_devices(
     return merged.close()
 
 
-def _on_device(study: Study, key: str, options: ExtractOptions, queue: Any) -> None:
+def _on_device(study: Study, key: str, options: ExtractOptions, threads: int, queue: Any) -> None:
     """Run one device's part, in its process."""
+    import torch
+
     die_with_parent()
     try:
+        torch.set_num_threads(threads)
         result = extract_cohort(study, _QueueReporter(queue), options)
     except Exception as error:
         queue.put(_Ended(key, None, in_one_line(error)))
