@@ -1,0 +1,166 @@
+"""The aggregators by name: ours, and those that other packages register.
+
+A package adds its own through the entry point group `bagscope.aggregators`, whose value is a module
+that registers on import, as ours do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+
+from bagscope.errors import ConfigError
+from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
+from bagscope.specs import Spec, did_you_mean, parse_spec
+
+BUILT_IN = ("abmil", "acmil", "clam_mb", "clam_sb", "max", "mean")
+"""A new aggregator of ours is a file of this folder and its name in this line."""
+ENTRY_POINTS = "bagscope.aggregators"
+
+
+class Aggregator(nn.Module):
+    """From a batch of bags to logits, and a score for every tile.
+
+    A subclass is built as `cls(features, outputs, options)`: width of the input, number of logits,
+    and its own options.
+    """
+
+    def forward(self, bags: Bags) -> BagOutput:
+        """Return logits, embedding and scores; packed equals bag by bag."""
+        raise NotImplementedError
+
+    def pooling_terms(self, bags: Bags) -> PoolingTerms | None:
+        """Return what the logits are a weighted sum of; None where they are no such sum."""
+        return None
+
+    if TYPE_CHECKING:
+        __call__: Callable[[Bags], BagOutput]
+
+
+AggregatorT = TypeVar("AggregatorT", bound=type[Aggregator])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AggregatorEntry:
+    """What is known of a registered aggregator.
+
+    Attributes:
+        options: the spec of its options.
+        summary: one sentence.
+        reference: where it was published.
+        is_order_free: whether the order of a bag's tiles changes nothing.
+        mixes_bags: whether a bag's output depends on the bags beside it, by design.
+    """
+
+    name: str
+    build: Callable[[int, int, Any], Aggregator]
+    options: type[Spec]
+    summary: str
+    reference: str
+    is_order_free: bool
+    mixes_bags: bool
+
+
+_ENTRIES: dict[str, AggregatorEntry] = {}
+
+
+def register(
+    name: str,
+    options: type[Spec],
+    *,
+    summary: str,
+    reference: str,
+    is_order_free: bool = True,
+    mixes_bags: bool = False,
+) -> Callable[[AggregatorT], AggregatorT]:
+    """Register an aggregator under a name; decorates its class.
+
+    Raises:
+        ValueError: another class has the name.
+    """
+
+    def add(kind: AggregatorT) -> AggregatorT:
+        taken = _ENTRIES.get(name)
+        if taken is not None and getattr(taken.build, "__qualname__", "") != kind.__qualname__:
+            raise ValueError(f"aggregator {name!r} is registered twice; choose another name")
+        _ENTRIES[name] = AggregatorEntry(
+            name=name,
+            build=kind,
+            options=options,
+            summary=summary,
+            reference=reference,
+            is_order_free=is_order_free,
+            mixes_bags=mixes_bags,
+        )
+        return kind
+
+    return add
+
+
+def aggregator_names() -> tuple[str, ...]:
+    """Return the names of all aggregators, in order; imports none of them."""
+    return tuple(sorted({*BUILT_IN, *_ENTRIES, *(point.name for point in _foreign())}))
+
+
+def aggregator_entry(name: str) -> AggregatorEntry:
+    """Return what is known of an aggregator.
+
+    Raises:
+        ConfigError: no such aggregator, or its package fails to register it.
+    """
+    if name not in _ENTRIES:
+        if name in BUILT_IN:
+            import_module(f"bagscope.mil.aggregators.{name}")
+        for point in _foreign():
+            if point.name == name:
+                point.load()
+    if name not in _ENTRIES:
+        known = aggregator_names()
+        if name in known:
+            raise ConfigError(f"aggregator {name!r}: its package registers no such name")
+        raise ConfigError(f"no aggregator {name!r}{did_you_mean(name, known)}")
+    return _ENTRIES[name]
+
+
+def build_aggregator(
+    name: str, features: int, outputs: int, options: Mapping[str, Any] | Spec | None = None
+) -> Aggregator:
+    """Return a freshly initialised aggregator.
+
+    Args:
+        name: of a registered one.
+        features: width of a tile's vector.
+        outputs: number of logits.
+        options: its own; unknown ones are refused.
+
+    Raises:
+        ConfigError: no such aggregator, or options that it does not have.
+    """
+    entry = aggregator_entry(name)
+    if isinstance(options, Spec):
+        options = options.model_dump()
+    parsed = parse_spec(entry.options, options or {}, where=f"aggregator {name}")
+    return entry.build(features, outputs, parsed)
+
+
+def xavier(module: nn.Module) -> None:
+    """Set weights of all linear layers by Xavier's normal rule and their biases to zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def affine(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return a linear layer's weight and bias."""
+    return layer.weight, layer.bias
+
+
+def _foreign() -> tuple[Any, ...]:
+    return tuple(entry_points(group=ENTRY_POINTS))
