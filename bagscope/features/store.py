@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,16 @@ from bagscope.features.feature_file import (
     read_rows,
 )
 
+if TYPE_CHECKING:
+    from bagscope.features.side_by_side import SideBySide
+
 OPEN_FILES = 64
 """How many feature files a store keeps open; a bag in use stays open beyond that."""
 
 _DESCRIBED = ("mpp", "mpp_effective", "tile_px", "overlap_px", "tissue_method")
 
 Rows = NDArray[np.integer[Any]] | Sequence[int]
+FoundT = TypeVar("FoundT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,35 +164,45 @@ class Backend(Protocol):
 class FeatureStore:
     """The bags of many slides, all of one encoder; opening it opens none of them."""
 
-    def __init__(self, location: str, backend: Backend) -> None:
+    def __init__(
+        self, location: str, backend: Backend, only: tuple[str, ...] | None = None
+    ) -> None:
         self.location = location
         self.slide_ids = backend.slide_ids
         """The slides, in order of name."""
         self._backend = backend
         self._known = frozenset(backend.slide_ids)
+        self._only = only
         self._first: SlideRecord | None = None
 
     @classmethod
-    def open(cls, location: Path | str) -> FeatureStore:
+    def open(cls, location: Path | str, only: Collection[str] | None = None) -> FeatureStore:
         """Open a folder of feature files, or a Zarr store in a folder or at a URL.
 
+        Args:
+            location: of the store.
+            only: slides that it is to know; it then knows of no other, nor where one would lie.
+
         Raises:
-            ArtifactError: nothing there, or no features in it.
+            ArtifactError: nothing there, no features in it, or none of a slide of `only`.
             SchemaError: a Zarr store that was never completed.
         """
         from bagscope.features import zarr_store
 
         text = str(location)
+        kept = None if only is None else tuple(sorted(only))
         if zarr_store.is_zarr_location(text):
-            return cls(text, zarr_store.ZarrBackend(text))
-        return cls(text, FolderBackend(Path(text)))
+            return cls(text, zarr_store.ZarrBackend(text, kept), kept)
+        return cls(text, FolderBackend(Path(text), kept), kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker opens the store anew: open files and locks are no use in another process.
-        return FeatureStore.open, (self.location,)
+        return FeatureStore.open, (self.location, self._only)
 
     def beside(self, *others: FeatureStore) -> SideBySide:
         """Return this store with other encoders' stores of the same tiles."""
+        from bagscope.features.side_by_side import SideBySide
+
         return SideBySide((self, *others))
 
     def __len__(self) -> int:
@@ -241,10 +255,10 @@ class FeatureStore:
             grid = None if record.grid is None else record.grid[chosen]
         return SlideBag(
             slide_id=slide_id,
-            features=features if copy else _read_only(features),
-            coords_l0=_read_only(coords_l0),
-            grid=_read_only(grid),
-            rows=_read_only(chosen),
+            features=features if copy else read_only(features),
+            coords_l0=read_only(coords_l0),
+            grid=read_only(grid),
+            rows=read_only(chosen),
             attributes=record.attributes,
         )
 
@@ -267,11 +281,11 @@ class FeatureStore:
             end += count
         return PatientBag(
             slide_ids=tuple(slide_ids),
-            features=_read_only(features),
+            features=read_only(features),
             coords_l0=_joined([record.coords_l0 for record in records]),
             grid=_joined([record.grid for record in records]),
-            tile_slide=_read_only(np.repeat(np.arange(len(counts), dtype=np.int32), counts)),
-            tile_row=_read_only(np.concatenate([np.arange(n, dtype=np.int32) for n in counts])),
+            tile_slide=read_only(np.repeat(np.arange(len(counts), dtype=np.int32), counts)),
+            tile_row=read_only(np.concatenate([np.arange(n, dtype=np.int32) for n in counts])),
             attributes=tuple(record.attributes for record in records),
         )
 
@@ -309,63 +323,16 @@ class FeatureStore:
             raise ArtifactError(f"{self.location}: no features of slide {slide_id!r}; {hint}")
 
 
-class SideBySide:
-    """Several encoders' stores of the same tiles.
-
-    Attributes:
-        stores: in the order of their columns.
-        slide_ids: that all stores have, in order of name.
-        missing: slides that only some stores have, and the places that lack them.
-    """
-
-    def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        if not stores:
-            raise ValueError("no stores; give at least one")
-        self.stores = tuple(stores)
-        every = sorted({slide_id for store in stores for slide_id in store.slide_ids})
-        lacking = {
-            slide_id: tuple(store.location for store in stores if slide_id not in store)
-            for slide_id in every
-        }
-        self.slide_ids = tuple(slide_id for slide_id in every if not lacking[slide_id])
-        self.missing = {slide_id: places for slide_id, places in lacking.items() if places}
-
-    def bags(self, slide_id: str, rows: Rows | None = None) -> tuple[SlideBag, ...]:
-        """Return each encoder's bag of a slide; row i is the same tile in all of them.
-
-        Raises:
-            SchemaError: the stores hold other tiles of the slide.
-            ArtifactError, IndexError: as of `FeatureStore.bag`.
-        """
-        records = [store.record(slide_id) for store in self.stores]
-        for other in records[1:]:
-            if difference := _tile_difference(records[0], other):
-                raise SchemaError(
-                    f"{slide_id}: {records[0].source} and {other.source} are not of the same "
-                    f"tiles ({difference}); extract both from one tiling"
-                )
-        return tuple(store.bag(slide_id, rows) for store in self.stores)
-
-    def bag(self, slide_id: str, rows: Rows | None = None) -> SlideBag:
-        """Return one bag whose vectors are those of all encoders, one after the other (a copy).
-
-        Raises:
-            ArtifactError, IndexError: as of `bags`.
-        """
-        bags = self.bags(slide_id, rows)
-        features = np.concatenate([bag.features for bag in bags], axis=1)
-        return replace(bags[0], features=_read_only(features))
-
-
 class FolderBackend:
     """A folder of `<slide_id>.h5`; the files used last stay open."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, only: Sequence[str] | None = None) -> None:
         if not folder.is_dir():
             raise ArtifactError(f"{folder}: no such feature folder; run bagscope extract first")
         self._paths = {path.stem: path for path in sorted(folder.glob("[!.]*.h5"))}
         if not self._paths:
             raise ArtifactError(f"{folder}: holds no feature files; run bagscope extract first")
+        self._paths = chosen_slides(self._paths, only, str(folder))
         self._open: OrderedDict[str, tuple[FeatureFile, SlideRecord]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -402,6 +369,24 @@ class FolderBackend:
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return found
+
+
+def chosen_slides(
+    found: Mapping[str, FoundT], only: Sequence[str] | None, location: str
+) -> dict[str, FoundT]:
+    """Return what was found of the slides asked for, of all where nothing is asked.
+
+    Raises:
+        ArtifactError: a slide asked for is not there.
+    """
+    if only is None:
+        return dict(found)
+    for slide_id in only:
+        if slide_id not in found:
+            raise ArtifactError(
+                f"{location}: no features of slide {slide_id!r}; run bagscope extract first"
+            )
+    return {slide_id: found[slide_id] for slide_id in only}
 
 
 def record_of(file: FeatureFile) -> SlideRecord:
@@ -446,19 +431,6 @@ def _difference(one: SlideRecord, other: SlideRecord) -> str:
     return ""
 
 
-def _tile_difference(one: SlideRecord, other: SlideRecord) -> str:
-    """Return in words why two records are not of the same tiles; empty where they are."""
-    if one.shape[0] != other.shape[0]:
-        return f"{one.shape[0]} and {other.shape[0]} of them"
-    if one.coords_l0 is None or other.coords_l0 is None:
-        return "" if one.coords_l0 is other.coords_l0 else "one has no coordinates"
-    rows = np.flatnonzero((one.coords_l0 != other.coords_l0).any(axis=1))
-    if not rows.size:
-        return ""
-    places = [tuple(coords[rows[0]].tolist()) for coords in (one.coords_l0, other.coords_l0)]
-    return f"row {rows[0]} lies at {places[0]} and {places[1]}"
-
-
 def _row_numbers(rows: Rows, record: SlideRecord) -> NDArray[np.int64]:
     numbers = np.asarray(rows)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
@@ -472,10 +444,11 @@ def _row_numbers(rows: Rows, record: SlideRecord) -> NDArray[np.int64]:
 
 def _joined(arrays: Sequence[NDArray[np.int32] | None]) -> NDArray[np.int32] | None:
     present = [array for array in arrays if array is not None]
-    return _read_only(np.concatenate(present)) if len(present) == len(arrays) else None
+    return read_only(np.concatenate(present)) if len(present) == len(arrays) else None
 
 
-def _read_only(array: Any) -> Any:
+def read_only(array: Any) -> Any:
+    """Return a view of an array that can't be written to; None stays None."""
     if array is not None and array.flags.writeable:
         array = array.view()
         array.flags.writeable = False

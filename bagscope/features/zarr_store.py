@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,9 @@ def remote_faults(url: str) -> list[str]:
 class ZarrBackend:
     """A Zarr store, opened; arrays are opened when they are asked for."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, only: Sequence[str] | None = None) -> None:
+        from bagscope.features.store import chosen_slides
+
         self._location = location.rstrip("/")
         fields = _read_marker(self._location)["fields"]
         if fields.get("schema") != SCHEMA:
@@ -130,7 +132,7 @@ class ZarrBackend:
                 f"{location}: schema version {fields['schema_version']} is newer than "
                 f"{SCHEMA_VERSION}, the newest that this bagscope reads; update bagscope"
             )
-        self._fingerprints: Mapping[str, str] = fields["slides"]
+        self._fingerprints: Mapping[str, str] = chosen_slides(fields["slides"], only, location)
         self._slide_ids = tuple(sorted(self._fingerprints))
         self._group = _open_group(self._location)
         self._records: dict[str, SlideRecord] = {}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from bagscope.errors import ArtifactError, SchemaError
 from bagscope.features import feature_file, store
-from bagscope.features.store import FeatureStore, SideBySide
+from bagscope.features.side_by_side import SideBySide
+from bagscope.features.store import FeatureStore
 from tests.features.stored import ENCODER, grid_of, store_slide, store_three, vectors_of
 
 

@@ -1,0 +1,82 @@
+"""Which tiles of a bag a training step sees, and how they are disturbed. Never in evaluation.
+
+Every draw is keyed by (seed, epoch, case), so it does not depend on the batch that the bag came
+in, on prefetching, or on how often a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bagscope.kernels.varlen_self_attention.hilbert import hilbert_index
+from bagscope.mil.bags import key_of
+
+Sampling = Literal["uniform", "spatial"]
+_ROWS, _NOISE = 1, 2
+"""What a draw is for; two purposes never share one."""
+
+
+def sample_rows(
+    length: int,
+    most: int | None,
+    sampling: Sampling,
+    grid: NDArray[np.int32] | None,
+    *,
+    key: tuple[int, int, str],
+) -> NDArray[np.int64] | None:
+    """Return the rows to take of a bag, rising; None for all of them.
+
+    "spatial" walks the tissue along a Hilbert curve and takes one tile of each stretch, so that
+    every region is seen as often as its size asks for; without a lattice it is uniform.
+
+    Args:
+        length: tiles of the bag.
+        most: how many at most.
+        sampling: how they are drawn.
+        grid: (length, 2) int32 (column, row) of the tiles.
+        key: seed, epoch and the case's id.
+    """
+    if most is None or length <= most:
+        return None
+    generator = np.random.default_rng(_entropy(key, _ROWS))
+    if sampling == "uniform" or grid is None:
+        return np.sort(generator.choice(length, most, replace=False)).astype(np.int64)
+    column, row = torch.from_numpy(np.ascontiguousarray(grid.T))
+    walk = np.argsort(hilbert_index(column, row).numpy(), kind="stable")
+    borders = np.linspace(0, length, most + 1)
+    # Stretches are at least one tile long, and no two of them reach into the same tile.
+    low, high = np.ceil(borders[:-1]).astype(np.int64), np.ceil(borders[1:]).astype(np.int64)
+    return np.sort(walk[generator.integers(low, high)]).astype(np.int64)
+
+
+def disturb(features: Tensor, *, dropout: float, noise: float, key: tuple[int, int, str]) -> Tensor:
+    """Return features (n, D) with elements dropped and Gaussian noise added.
+
+    Args:
+        features: on the CPU.
+        dropout: share of elements set to zero; the others grow to keep the sum.
+        noise: standard deviation, in units of the bag's own.
+        key: seed, epoch and the case's id.
+    """
+    if not dropout and not noise:
+        return features
+    words = np.random.SeedSequence(_entropy(key, _NOISE)).generate_state(2, np.uint32)
+    generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+    found = features.float()
+    if noise:
+        drawn = torch.randn(found.shape, generator=generator)
+        found = found + drawn * (noise * found.std() if found.numel() > 1 else noise)
+    if dropout:
+        kept = torch.rand(found.shape, generator=generator) >= dropout
+        found = found * kept / (1 - dropout)
+    return found
+
+
+def _entropy(key: tuple[int, int, str], purpose: int) -> list[int]:
+    seed, epoch, case_id = key
+    return [seed, epoch, key_of(case_id), purpose]
