@@ -20,6 +20,7 @@ from bagscope.cli.extract import extract
 from bagscope.cli.init import init
 from bagscope.cli.run import run
 from bagscope.cli.scan import scan
+from bagscope.cli.splits import splits
 from bagscope.cli.tile import tile
 from bagscope.cli.verify import verify
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
@@ -52,6 +53,7 @@ def _root(
 for verb in (init, scan, tile, extract, convert, verify, run, demo, doctor):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
+app.add_typer(splits, name="splits")
 
 
 def main() -> None:

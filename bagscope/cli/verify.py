@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from bagscope.artifacts import canonical_json
 from bagscope.cli import options
+from bagscope.cli.counter import StepCounter
 from bagscope.pipeline.verify import verify_study
 
 
@@ -20,7 +20,7 @@ def verify(
     as_json: options.AsJson = False,
 ) -> None:
     """Check every tile file, feature file, model and status file; exit 1 on any fault."""
-    found = verify_study(folder, _Progress(silent=as_json).advance, workers=workers)
+    found = verify_study(folder, StepCounter("verify", silent=as_json).advance, workers=workers)
     for fault in found.faults:
         if as_json:
             record = {"event": "fault", "path": str(fault.path), "sentence": fault.sentence}
@@ -33,21 +33,3 @@ def verify(
     else:
         typer.echo(f"verify: {totals['artefacts']:,} artefacts, {totals['faults']:,} faults")
     raise typer.Exit(found.exit_code)
-
-
-class _Progress:
-    """A counter that moves in a terminal, a line per tenth in a log."""
-
-    def __init__(self, *, silent: bool) -> None:
-        self._silent = silent
-        self._tenth = 0
-
-    def advance(self, done: int, total: int) -> None:
-        if self._silent:
-            return
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            typer.echo(f"\rverify: {done:,} of {total:,}{end}", err=True, nl=False)
-        elif total >= 100 and done * 10 // total > self._tenth:
-            self._tenth = done * 10 // total
-            typer.echo(f"verify: {done:,} of {total:,}", err=True)

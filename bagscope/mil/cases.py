@@ -51,6 +51,7 @@ class CaseTable:
         per: what a case is.
         left_out: why a slide or a case is not there, by its id.
         notes: sentences that the user should see.
+        known_ids: every slide and patient of the cohort, also those without a case.
     """
 
     cases: tuple[Case, ...]
@@ -58,6 +59,7 @@ class CaseTable:
     per: Per
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    known_ids: frozenset[str] = frozenset()
 
     @property
     def patient_ids(self) -> tuple[str, ...]:
@@ -89,10 +91,13 @@ def cases_of(
 
     Raises:
         CohortError: slides without features, labels that are none, contradicting labels of a
-            patient, or no labelled case at all; names rows, columns and values.
+            patient, two targets of one name, or no labelled case at all; names rows, columns and
+            values.
     """
     rows = [_cells(row) for row in cohort.rows]
     resolved = tuple(resolve_classes(target, rows) for target in targets)
+    if twice := [name for name, n in Counter(t.name for t in resolved).items() if n > 1]:
+        raise CohortError(f"targets are named twice: {listed(twice)}; name each column once")
     left_out: dict[str, str] = {}
     present = _with_features(cohort.rows, available, skip_missing, left_out)
     problems: list[str] = []
@@ -127,6 +132,7 @@ def cases_of(
         per=per,
         left_out=left_out,
         notes=_notes(cohort, left_out),
+        known_ids=frozenset(name for row in cohort.rows for name in (row.slide_id, row.patient_id)),
     )
 
 

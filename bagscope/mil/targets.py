@@ -58,6 +58,12 @@ class TargetSpec(Spec):
             raise ValueError(f"time and event belong to survival, and the task is {self.task}")
         elif not self.column:
             raise ValueError("column is missing; name the column of the labels")
+        if self.classes and self.task in ("regression", "survival"):
+            raise ValueError(f"{self.task} has no classes, and they are {list(self.classes)}")
+        if self.positive is not None and self.task != "classes":
+            raise ValueError(f"positive belongs to classes, and the task is {self.task}")
+        if self.positive is not None and len(self.classes) > 2:
+            raise ValueError(f"positive is one of two classes, and there are {len(self.classes)}")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes are {list(self.classes)}; name each one once")
         if self.positive is not None and self.classes and self.positive not in self.classes:
@@ -88,7 +94,8 @@ def resolve_classes(target: TargetSpec, rows: Iterable[Mapping[str, str]]) -> Ta
     Two classes are put in the order (negative, positive), so that the last one is the positive.
 
     Raises:
-        CohortError: no such column, or fewer than two classes.
+        CohortError: no such column, fewer than two classes, words as ordinal classes in no given
+            order, or a positive class that is not one of two.
     """
     listed = list(rows)
     _require_columns(target, listed)
@@ -102,10 +109,17 @@ def resolve_classes(target: TargetSpec, rows: Iterable[Mapping[str, str]]) -> Ta
             if cell.lower() not in MISSING:
                 found.update(_labels(cell) if target.task == "multilabel" else (cell,))
         classes = sorted(found, key=_natural)
-    if target.task != "multilabel" and len(classes) < 2:
+        words = [name for name in classes if _natural(name)[0]]
+        if target.task == "ordinal" and words:
+            raise CohortError(
+                f"column {target.column!r}: the order of {', '.join(classes)} is not known; name "
+                "the classes from low to high with --classes"
+            )
+    least = 1 if target.task == "multilabel" else 2
+    if len(classes) < least:
         raise CohortError(
             f"column {target.column!r}: has {len(classes)} class ({', '.join(classes) or 'none'}); "
-            "at least two are needed to learn from"
+            f"at least {'two are' if least == 2 else 'one is'} needed to learn from"
         )
     if target.positive is not None:
         if target.positive not in classes:
@@ -113,8 +127,12 @@ def resolve_classes(target: TargetSpec, rows: Iterable[Mapping[str, str]]) -> Ta
                 f"column {target.column!r}: --positive {target.positive!r} is none of its values "
                 f"({', '.join(classes)})"
             )
-        if len(classes) == 2:
-            classes.sort(key=lambda name: name == target.positive)
+        if len(classes) > 2:
+            raise CohortError(
+                f"column {target.column!r}: has {len(classes)} classes ({', '.join(classes)}); "
+                "--positive is one of two, leave it out"
+            )
+        classes.sort(key=lambda name: name == target.positive)
     return target.model_copy(update={"classes": tuple(classes)})
 
 
@@ -131,7 +149,8 @@ def read_value(target: TargetSpec, cells: Mapping[str, str], where: str) -> Valu
     """
     width = width_of(target)
     texts = [cells[column].strip() for column in target.columns]
-    if any(text.lower() in MISSING for text in texts):
+    # A class may well be called "none"; then it stands in the given classes.
+    if any(text.lower() in MISSING and text not in target.classes for text in texts):
         return (math.nan,) * width
     if target.task == "survival":
         return _survival(target, texts, where)
