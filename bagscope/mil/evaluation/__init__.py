@@ -1,0 +1,1 @@
+"""Truth in numbers: metrics with intervals, paired tests, calibration and curves, over arrays."""
