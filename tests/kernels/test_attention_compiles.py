@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 
-WIDTH = 64
+FORMS = [("bf16", 16), ("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp32", 64)]
+each_form = pytest.mark.parametrize(("dtype", "width"), FORMS)
 INT64 = ("bag_ptr", "start_ptr", "stop_ptr", "first_ptr", "near_ptr")
 # In float32 whatever the bag's dtype is; which gradients are differs between operations.
 SUMS = (
@@ -54,19 +55,19 @@ def compile_kernel(
     assert found.metadata.shared <= 160 * 1024
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_merging(dtype: str) -> None:
+@each_form
+def test_merging(dtype: str, width: int) -> None:
     from bagscope.kernels import merge_partials as kernels
 
-    compile_kernel(kernels.merge_partials_fwd_kernel, dtype, {"BLOCK_D": WIDTH})
-    compile_kernel(kernels.merge_partials_bwd_kernel, dtype, {"BLOCK_D": WIDTH})
+    compile_kernel(kernels.merge_partials_fwd_kernel, dtype, {"BLOCK_D": width})
+    compile_kernel(kernels.merge_partials_bwd_kernel, dtype, {"BLOCK_D": width})
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_pooling(dtype: str) -> None:
+@each_form
+def test_pooling(dtype: str, width: int) -> None:
     from bagscope.kernels.cross_attention_pool import triton as kernels
 
-    sizes = {"M": 5, "D": WIDTH, "DV": WIDTH, **kernels.blocks(10_000, 5, 8, WIDTH, WIDTH)}
+    sizes = {"M": 5, "D": width, "DV": width, **kernels.blocks(10_000, 5, 8, width, width)}
     sums = ("q_ptr", "grad_ptr", "grad_q_ptr")
     forward = {"SCORES": True, **sizes}
     compile_kernel(kernels.cross_attention_pool_fwd_kernel, dtype, forward, sums)
@@ -74,11 +75,11 @@ def test_pooling(dtype: str) -> None:
     compile_kernel(kernels.cross_attention_pool_bwd_kernel, dtype, backward, sums)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_neighbourhoods(dtype: str) -> None:
+@each_form
+def test_neighbourhoods(dtype: str, width: int) -> None:
     from bagscope.kernels.varlen_self_attention import triton as kernels
 
-    rows = torch.empty(1, 1, WIDTH)
+    rows = torch.empty(1, 1, width)
     for kernel in (
         kernels.neighbourhood_attention_fwd_kernel,
         kernels.neighbourhood_attention_bwd_kernel_q,
@@ -87,12 +88,12 @@ def test_neighbourhoods(dtype: str) -> None:
         compile_kernel(kernel, dtype, kernels.block_sizes(rows, rows))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_linear_attention(dtype: str) -> None:
+@each_form
+def test_linear_attention(dtype: str, width: int) -> None:
     from bagscope.kernels.linear_attention import triton as kernels
 
     rows = torch.empty(0, dtype=torch.float32 if dtype == "fp32" else torch.float16)
-    sizes = kernels.sizes(rows, WIDTH, WIDTH, "elu+1")
+    sizes = kernels.sizes(rows, width, width, "elu+1")
     compile_kernel(kernels.linear_attention_fwd_kernel_gather, dtype, dict(sizes))
     compile_kernel(kernels.linear_attention_bwd_kernel_gather, dtype, dict(sizes))
     asking = {"DIVIDE": True, **sizes}

@@ -115,7 +115,7 @@ def test_between_neighbours(r: int) -> None:
 
 
 def test_a_long_bag_beside_short_ones() -> None:
-    lengths = (3, 1, 2049, 5)
+    lengths = (3, 1, 4097, 5)
     inputs = case(lengths, heads=1)
     check(inputs)
     check(inputs, (ragged_tissue(sum(lengths)), 2))

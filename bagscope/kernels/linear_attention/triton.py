@@ -182,6 +182,9 @@ def linear_attention_bwd_kernel_ask(
 
 def sizes(x: Tensor, d: int, dv: int, feature_map: str) -> dict[str, int | str]:
     """Return the block sizes for heads of these widths, and how exact the products must be."""
+    # tf32 products pass through shared memory; beside sums of 128 × 128, an A100 has no room for
+    # more rows.
+    wide_rows = 32 if x.dtype == torch.float32 else 16
     return {
         "D": d,
         "DV": dv,
@@ -190,7 +193,7 @@ def sizes(x: Tensor, d: int, dv: int, feature_map: str) -> dict[str, int | str]:
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
         "BLOCK_DV": max(16, triton.next_power_of_2(dv)),
-        "BLOCK_T": 64 if max(d, dv) <= 64 else 32,
+        "BLOCK_T": 64 if max(d, dv) <= 64 else wide_rows,
         "num_warps": 4 if max(d, dv) <= 64 else 8,
         "num_stages": 2 if max(d, dv) <= 64 else 1,
     }
