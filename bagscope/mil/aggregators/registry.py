@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from bagscope.errors import ConfigError
+from bagscope.errors import ConfigError, first_line
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 from bagscope.specs import Spec, did_you_mean, parse_spec
 
@@ -118,7 +118,7 @@ def aggregator_entry(name: str) -> AggregatorEntry:
             import_module(f"bagscope.mil.aggregators.{name}")
         for point in _foreign():
             if point.name == name:
-                point.load()
+                _load(point)
     if name not in _ENTRIES:
         known = aggregator_names()
         if name in known:
@@ -148,19 +148,16 @@ def build_aggregator(
     return entry.build(features, outputs, parsed)
 
 
-def xavier(module: nn.Module) -> None:
-    """Set weights of all linear layers by Xavier's normal rule and their biases to zero."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_normal_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def _load(point: EntryPoint) -> None:
+    try:
+        point.load()
+    # What a foreign package raises on import can be anything.
+    except Exception as error:
+        raise ConfigError(
+            f"aggregator {point.name!r}: {point.value} can't be loaded ({first_line(error)}); "
+            "correct or remove its package"
+        ) from error
 
 
-def affine(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Return a linear layer's weight and bias."""
-    return layer.weight, layer.bias
-
-
-def _foreign() -> tuple[Any, ...]:
+def _foreign() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=ENTRY_POINTS))

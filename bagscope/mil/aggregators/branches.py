@@ -1,0 +1,58 @@
+"""Several branches of attention over one bag, and what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
+from bagscope.kernels.segments import bag_of_tile
+from bagscope.mil.aggregators.gated_attention import GatedAttention
+from bagscope.mil.bags import Bags
+
+Mask = Callable[[Tensor], Tensor]
+"""Takes the logits (T, K) and gives them back with those of masked tiles far below all others."""
+
+
+class Branched(NamedTuple):
+    """What M branches with H heads each make of B bags.
+
+    Attributes:
+        each: (B, M, D) a vector per branch.
+        together: (B, D) the vector of the mean attention.
+        scores: (T, M, H) logits of attention, as they went into the softmax.
+        lse: (B, M, H) the logarithm of their summed exponentials.
+        entropy: (B, M · H).
+    """
+
+    each: Tensor
+    together: Tensor
+    scores: Tensor
+    lse: Tensor
+    entropy: Tensor
+
+    def log_weights(self, cu_seqlens: Tensor) -> Tensor:
+        """Return the logarithm of every branch's and head's attention: (T, M, H)."""
+        return self.scores - self.lse[bag_of_tile(cu_seqlens, len(self.scores))]
+
+
+class GatedBranches(nn.Module):
+    """Branches that share both gates and have a row of the last layer each; one head."""
+
+    def __init__(self, attention: GatedAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, bags: Bags, mask: Mask | None) -> Branched:
+        """Return what the branches say; fused into one pass where nothing is masked."""
+        if mask is None:
+            pooled, scores, lse, entropy = self.attention(bags)
+        else:
+            # The mask needs the scores of all tiles first, so h is kept between the two.
+            h = self.attention.projection(bags.features)
+            scores = mask(self.attention.scores(h, bags))
+            pooled, lse, entropy, _ = segment_softmax_pool(scores, h, bags.cu_seqlens)
+        together = pooled.mean(1)
+        return Branched(pooled, together, scores[:, :, None], lse[:, :, None], entropy)
