@@ -17,6 +17,7 @@ from bagscope.mil.evaluation.inputs import (
     IntArray,
     Value,
     as_classes,
+    as_counts,
     as_distribution,
     as_outcome,
     over_resamples,
@@ -56,7 +57,7 @@ def confusion(
     truth = as_classes(y, classes=classes)
     guess = as_classes(predicted, "predicted", rows=len(truth), classes=classes)
     size = classes or _size(truth, guess)
-    counts = np.ones(len(truth)) if weights is None else np.asarray(weights, dtype=np.float64)
+    counts = as_counts(weights, rows=len(truth))
     return _table(truth, guess, counts, size)
 
 

@@ -22,6 +22,8 @@ Value = np.float64 | FloatArray
 
 _ELEMENTS_AT_ONCE = 1 << 20
 _SUM_TOLERANCE = 1e-3
+_OVERSHOOT = 1e-6
+"""Of a probability beyond its range: the rounding of a mean in float32."""
 
 
 def over_resamples(
@@ -42,14 +44,7 @@ def over_resamples(
     Raises:
         ValueError: on counts that are none, or if the single value does not exist.
     """
-    counts = np.ones(rows) if weights is None else np.asarray(weights, dtype=np.float64)
-    if counts.ndim not in (1, 2) or counts.shape[-1] != rows or counts.size == 0:
-        raise ValueError(
-            f"weights have shape {counts.shape}; give ({rows},) or (resamples, {rows}), as there "
-            f"are {rows} rows"
-        )
-    if not (counts.min() >= 0 and counts.max() < np.inf):
-        raise ValueError("weights hold a negative, infinite or missing value; give counts")
+    counts = as_counts(weights, rows=rows)
     table = np.atleast_2d(counts)
     step = max(1, _ELEMENTS_AT_ONCE // rows)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -61,6 +56,23 @@ def over_resamples(
     if np.isnan(values[0]):
         raise ValueError(undefined)
     return np.float64(values[0])
+
+
+def as_counts(weights: npt.ArrayLike | None, *, rows: int) -> FloatArray:
+    """Return counts (n,) or (R, n) as float64, ones for None.
+
+    Raises:
+        ValueError: on another shape, or a negative or not finite count.
+    """
+    counts = np.ones(rows) if weights is None else np.asarray(weights, dtype=np.float64)
+    if counts.ndim not in (1, 2) or counts.shape[-1] != rows or counts.size == 0:
+        raise ValueError(
+            f"weights have shape {counts.shape}; give ({rows},) or (resamples, {rows}), as there "
+            f"are {rows} rows"
+        )
+    if not (counts.min() >= 0 and counts.max() < np.inf):
+        raise ValueError("weights hold a negative, infinite or missing value; give counts")
+    return counts
 
 
 def as_finite(values: npt.ArrayLike, name: str, *, rows: int | None = None) -> FloatArray:
@@ -117,8 +129,8 @@ def as_probability(
         ValueError: as `as_finite`, or if a value lies outside [0, 1].
     """
     array = as_finite(values, name, rows=rows)
-    _refuse((array < 0) | (array > 1), array, f"{name} holds", "give values from 0 to 1")
-    return array
+    _refuse(_outside(array), array, f"{name} holds", "give values from 0 to 1")
+    return np.clip(array, 0, 1)
 
 
 def as_distribution(
@@ -136,10 +148,16 @@ def as_distribution(
         )
     if rows is not None and len(array) != rows:
         raise ValueError(f"{name} has {len(array)} rows for {rows} cases; give one for each")
-    as_probability(array.ravel(), name)
+    wrong = _outside(array)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{name} holds {array[row, column]:g} for class {column} at position {row}; give "
+            "values from 0 to 1"
+        )
     sums = array.sum(axis=1)
     _refuse(np.abs(sums - 1) > _SUM_TOLERANCE, sums, f"{name} has a row that sums to", "give 1")
-    return array
+    return np.clip(array, 0, 1)
 
 
 def labels_and_distribution(y: npt.ArrayLike, p: npt.ArrayLike) -> tuple[IntArray, FloatArray]:
@@ -152,6 +170,12 @@ def check_level(level: float) -> None:
     """Refuse a level of an interval that is none."""
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; give a share between 0 and 1")
+
+
+def _outside(array: FloatArray) -> BoolArray:
+    """Return where a value is no probability, NaN included."""
+    outside: BoolArray = ~((array >= -_OVERSHOOT) & (array <= 1 + _OVERSHOOT))
+    return outside
 
 
 def _refuse(wrong: BoolArray, array: FloatArray, what: str, remedy: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from bagscope.mil.evaluation.inputs import FloatArray, Value, over_resamples
+from bagscope.mil.evaluation.inputs import FloatArray, Value, as_counts, over_resamples
 from bagscope.mil.evaluation.ranking import mean_of_defined
 
 BinaryMetric = Callable[[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike], Value]
@@ -33,9 +33,7 @@ def per_label(
     """
     truth, given = _checked(outcomes, scores)
     cases, labels = truth.shape
-    counts = np.ones(cases) if weights is None else np.asarray(weights, dtype=np.float64)
-    if counts.ndim not in (1, 2) or counts.shape[-1] != cases:
-        raise ValueError(f"weights have shape {counts.shape}; the last axis must be {cases} cases")
+    counts = as_counts(weights, rows=cases)
     table = np.atleast_2d(counts)
     values = np.full((len(table), labels), np.nan)
     for label in range(labels):

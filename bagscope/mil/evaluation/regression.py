@@ -96,7 +96,9 @@ def _checked(y: npt.ArrayLike, predicted: npt.ArrayLike) -> tuple[FloatArray, Fl
 
 def _sum(counts: FloatArray, values: FloatArray) -> FloatArray:
     """Sum values, (n,) or (r, n), under counts (r, n)."""
-    summed: FloatArray = np.einsum("rn,rn->r", counts, np.broadcast_to(values, counts.shape))
+    if values.ndim == 1:
+        return np.asarray(counts @ values, dtype=np.float64)
+    summed: FloatArray = np.einsum("rn,rn->r", counts, values)
     return summed
 
 
