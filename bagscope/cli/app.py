@@ -22,6 +22,7 @@ from bagscope.cli.run import run
 from bagscope.cli.scan import scan
 from bagscope.cli.splits import splits
 from bagscope.cli.tile import tile
+from bagscope.cli.train import train
 from bagscope.cli.verify import verify
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
 
@@ -50,7 +51,7 @@ def _root(
     """Hold the options that come before a verb."""
 
 
-for verb in (init, scan, tile, extract, convert, verify, run, demo, doctor):
+for verb in (init, scan, tile, extract, train, convert, verify, run, demo, doctor):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 app.add_typer(splits, name="splits")

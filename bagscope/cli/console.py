@@ -19,6 +19,7 @@ from bagscope.cohort.progress import (
     RunStarted,
     RunWaiting,
     SlideFinished,
+    SlideTold,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from bagscope.cohort.jobs import RunReport
     from bagscope.pipeline.extract import ExtractResult
+    from bagscope.pipeline.train import TrainResult
 
 MAX_FAILURES_SHOWN = 20
 
@@ -60,8 +62,11 @@ class PlainReporter:
         if isinstance(event, RunStarted):
             shard = f", shard {event.shard[0]}/{event.shard[1]}" if event.shard else ""
             typer.echo(
-                f"{event.stage}: {event.total} slides, {event.workers} workers{shard}", err=True
+                f"{event.stage}: {event.total} {event.noun}, {event.workers} workers{shard}",
+                err=True,
             )
+        elif isinstance(event, SlideTold):
+            typer.echo(f"{event.slide_id}: {event.text}", err=True)
         elif isinstance(event, SlideFinished):
             typer.echo(slide_line(event), err=True)
         elif isinstance(event, RunWaiting):
@@ -81,6 +86,8 @@ class TerminalReporter:
             self._start(event)
         elif isinstance(event, SlideFinished):
             self._advance(event)
+        elif isinstance(event, SlideTold) and self._bar and self._task is not None:
+            self._bar.update(self._task, rate=f"{event.slide_id}: {event.text}")
         elif isinstance(event, RunWaiting) and self._bar:
             self._bar.console.print(
                 f"waiting for {len(event.slide_ids)} slides worked on elsewhere"
@@ -184,3 +191,19 @@ def print_extraction(result: ExtractResult, *, as_json: bool) -> None:
         for name, seconds in timing.seconds().items():
             typer.echo(f"  {name:<10} {seconds:8.1f}  {seconds / timing.total_s:4.0%}")
         typer.echo(timing.sentence)
+
+
+def print_training(result: TrainResult, *, as_json: bool) -> None:
+    """Print how a training run ended, and what to do with it."""
+    if as_json:
+        return
+    for note in result.notes:
+        typer.echo(f"  note: {note}")
+    print_report(result.trained, as_json=as_json)
+    if result.tested is None:
+        return
+    if result.tested.exit_code:
+        print_report(result.tested, as_json=as_json)
+    elif result.is_complete:
+        typer.echo(f"test predictions: {result.folder / 'predictions.csv'}")
+        typer.echo(f"next: bagscope evaluate {result.folder}")

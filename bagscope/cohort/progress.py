@@ -42,6 +42,7 @@ class RunStarted:
     total: int
     workers: int
     shard: tuple[int, int] | None = None
+    noun: str = "slides"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +51,16 @@ class SlideStarted:
 
     stage: str
     slide_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlideTold:
+    """A worker tells how far it is, in one line and as facts."""
+
+    stage: str
+    slide_id: str
+    text: str
+    facts: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +93,7 @@ class RunFinished:
     report: RunReport
 
 
-Event = RunStarted | SlideStarted | SlideFinished | RunWaiting | RunFinished
+Event = RunStarted | SlideStarted | SlideTold | SlideFinished | RunWaiting | RunFinished
 
 
 class Reporter(Protocol):

@@ -204,6 +204,7 @@ class _Run:
                 total=len(self.jobs),
                 workers=self.executor.size(),
                 shard=self.options.shard,
+                noun=self.options.noun,
             )
         )
         look_again_s = _FIRST_LOOK_AGAIN_S

@@ -17,41 +17,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
 from bagscope.mil.bags import Bags
-from bagscope.mil.cases import Per
-from bagscope.mil.sampling import Sampling, disturb, sample_rows
+from bagscope.mil.recipe import BagSpec
+from bagscope.mil.sampling import disturb, sample_rows
 from bagscope.mil.sources import BagSource, CaseBag
-from bagscope.specs import Spec
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-
-
-class BagSpec(Spec):
-    """How bags are presented."""
-
-    per: Per = Field(default="slide", description="what a bag is of: slide or patient")
-    bags_per_step: int = Field(default=1, ge=1, description="bags that one step learns from")
-    batch_tiles: int = Field(
-        default=65_536, ge=1, description="tiles worked on at a time; bounds memory, not results"
-    )
-    sample_tiles: int | None = Field(
-        default=None, ge=1, description="tiles of a bag that a training step sees; all if not set"
-    )
-    sampling: Sampling = Field(
-        default="uniform", description="how they are drawn: uniform or spatial"
-    )
-    feature_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="share of feature values set to zero in training"
-    )
-    noise: float = Field(
-        default=0.0, ge=0, description="noise on training features, in standard deviations of a bag"
-    )
-    balanced: bool = Field(
-        default=False, description="draw training bags so that every class comes equally often"
-    )
 
 
 Batch = tuple[int, ...]

@@ -6,8 +6,6 @@ in, on prefetching, or on how often a run was interrupted.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,8 +13,8 @@ from torch import Tensor
 
 from bagscope.kernels.varlen_self_attention.hilbert import hilbert_index
 from bagscope.mil.bags import key_of
+from bagscope.mil.recipe import Sampling
 
-Sampling = Literal["uniform", "spatial"]
 _ROWS, _NOISE = 1, 2
 """What a draw is for; two purposes never share one."""
 

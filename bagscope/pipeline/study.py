@@ -15,6 +15,8 @@ from bagscope import artifacts
 from bagscope.cohort.table import Cohort, load_cohort, write_cohort_csv
 from bagscope.errors import ArtifactError, ConfigError
 from bagscope.features.extraction import ExtractSpec
+from bagscope.mil.splits.plan import SplitSpec
+from bagscope.mil.targets import TargetSpec
 from bagscope.specs import Spec, parse_spec
 from bagscope.wsi.tiling import TilingSpec
 
@@ -44,6 +46,14 @@ class RunSpec(Spec):
         return self.workers or available_cores()
 
 
+class RecipeSpec(Spec):
+    """Which model is trained by `run`."""
+
+    recipe: str = Field(default="abmil", description="name of a recipe, or a YAML file")
+    options: Mapping[str, Any] = Field(default={}, description="laid over the recipe's own")
+    seeds: tuple[int, ...] = Field(default=(0,), description="one model per fold and seed")
+
+
 class StudySpec(Spec):
     """The content of study.yaml."""
 
@@ -53,6 +63,9 @@ class StudySpec(Spec):
     labels: str | None = Field(default=None, description="clinical table to join by patient_id")
     tiling: TilingSpec = TilingSpec()
     features: ExtractSpec = ExtractSpec()
+    targets: tuple[TargetSpec, ...] = Field(default=(), description="what models are to predict")
+    splits: SplitSpec = SplitSpec()
+    train: RecipeSpec = RecipeSpec()
     run: RunSpec = RunSpec()
 
 

@@ -1,0 +1,157 @@
+"""A member: one trained model with all that is needed to predict, in two files.
+
+`member.safetensors` holds weights, `member.json` everything else; the JSON is written last and
+holds the hash of the weights, so a member without it, or with other weights, is no member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+
+from bagscope import artifacts
+from bagscope.artifacts import Json
+from bagscope.errors import SchemaError, first_line
+from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
+from bagscope.mil.objectives.fitted import FittedObjective
+from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.targets import TargetSpec
+from bagscope.mil.training.optimisation import Weights
+from bagscope.specs import parse_spec
+
+WEIGHTS_NAME = "member.safetensors"
+FACTS_NAME = "member.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """A trained model.
+
+    Attributes:
+        features: width of a tile's vector.
+        temperatures: by target, where the inner validation part was large enough.
+        uncalibrated: why a target has no temperature.
+        thresholds: of the last of two classes, by target.
+        seed: that it was trained with.
+        epoch: whose weights these are.
+        epochs: that were trained.
+        fields: what the fingerprint is made of.
+    """
+
+    recipe: TrainSpec
+    targets: tuple[TargetSpec, ...]
+    objective: FittedObjective
+    weights: Weights
+    features: int
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    uncalibrated: Mapping[str, str] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    epoch: int = 0
+    epochs: int = 0
+    fields: Mapping[str, Json] = field(default_factory=dict)
+
+    def model(self, device: torch.device | str = "cpu") -> Aggregator:
+        """Return the model, ready to predict."""
+        aggregator = self.recipe.aggregator
+        model = build_aggregator(
+            aggregator.name, self.features, self.objective.outputs, aggregator.options
+        )
+        model.load_state_dict(dict(self.weights))
+        return model.to(device).eval()
+
+    def predictions(self, logits: NDArray[np.float64]) -> dict[str, Any]:
+        """Return calibrated predictions of logits (n, C), by target."""
+        return self.objective.predictions(logits, self.temperatures)
+
+
+def save_member(member: Member, folder: Path) -> str:
+    """Write a member into a folder; return the hash of its weights."""
+    with artifacts.atomic_file(folder / WEIGHTS_NAME) as temporary:
+        weights = {name: weight.cpu().contiguous() for name, weight in member.weights.items()}
+        safetensors.torch.save_file(weights, temporary)
+    artifacts.step("weights-written")
+    digest = artifacts.sha256_of_file(folder / WEIGHTS_NAME)
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": member.recipe.model_dump(mode="json"),
+        "targets": [target.model_dump(mode="json") for target in member.targets],
+        "objective": member.objective.to_json(),
+        "features": member.features,
+        "temperatures": dict(member.temperatures),
+        "uncalibrated": dict(member.uncalibrated),
+        "thresholds": dict(member.thresholds),
+        "seed": member.seed,
+        "epoch": member.epoch,
+        "epochs": member.epochs,
+        "fields": dict(member.fields),
+        "fingerprint": artifacts.fingerprint(member.fields),
+        "weights_sha256": digest,
+    }
+    artifacts.write_json(folder / FACTS_NAME, facts)
+    return digest
+
+
+def read_facts(folder: Path) -> dict[str, Json] | None:
+    """Return what a member's JSON says; None where there is no finished member.
+
+    Raises:
+        SchemaError: it is damaged, or of a newer bagscope.
+    """
+    path = folder / FACTS_NAME
+    if not path.exists():
+        return None
+    facts = artifacts.read_json(path)
+    if not isinstance(facts, dict) or "schema_version" not in facts:
+        raise SchemaError(f"{path}: is no member of a model; train it anew")
+    if facts["schema_version"] > SCHEMA_VERSION:
+        raise SchemaError(
+            f"{path}: schema version {facts['schema_version']} is newer than {SCHEMA_VERSION}, the "
+            "newest that this bagscope reads; update bagscope"
+        )
+    return facts
+
+
+def load_member(folder: Path) -> Member:
+    """Read a member.
+
+    Raises:
+        SchemaError: no finished member there, or its weights are not those that were written.
+    """
+    facts = read_facts(folder)
+    if facts is None:
+        raise SchemaError(f"{folder}: holds no finished member; run bagscope train again")
+    path = folder / WEIGHTS_NAME
+    if not path.exists() or artifacts.sha256_of_file(path) != facts["weights_sha256"]:
+        raise SchemaError(f"{path}: missing, or changed since it was written; train it anew")
+    try:
+        weights = safetensors.torch.load_file(path)
+    except Exception as error:  # the library's own error is not part of its interface
+        raise SchemaError(f"{path}: can't be read ({first_line(error)}); train it anew") from error
+    where = str(folder / FACTS_NAME)
+    return Member(
+        recipe=parse_spec(TrainSpec, facts["recipe"], where=where),
+        targets=_targets(facts["targets"], where),
+        objective=FittedObjective.from_json(facts["objective"]),
+        weights=weights,
+        features=facts["features"],
+        temperatures=facts["temperatures"],
+        uncalibrated=facts["uncalibrated"],
+        thresholds=facts["thresholds"],
+        seed=facts["seed"],
+        epoch=facts["epoch"],
+        epochs=facts["epochs"],
+        fields=facts["fields"],
+    )
+
+
+def _targets(values: Sequence[Mapping[str, Any]], where: str) -> tuple[TargetSpec, ...]:
+    return tuple(parse_spec(TargetSpec, value, where=where) for value in values)

@@ -1,0 +1,1 @@
+"""Training of one member: it sees training and inner-validation bags, and nothing else."""

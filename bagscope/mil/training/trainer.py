@@ -1,0 +1,404 @@
+"""The trainer: training bags and inner-validation bags in, weights out.
+
+It is given two sources and no store, table or split, so no test case can be reached from it. What
+it needs to go on after being killed is written once per epoch; taken up again on the same machine
+with the same number of threads, it ends at the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bagscope import artifacts
+from bagscope.errors import (
+    ArtifactError,
+    BagscopeError,
+    ConfigError,
+    FingerprintMismatch,
+    first_line,
+)
+from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
+from bagscope.mil.bags import Bags
+from bagscope.mil.inference import DTYPES, infer
+from bagscope.mil.loading import Batch, Prefetched, Presentation, Step, load_batch, plan_epoch
+from bagscope.mil.objectives.fitted import FittedObjective
+from bagscope.mil.objectives.objective import build_objective
+from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.sources import BagSource
+from bagscope.mil.targets import TargetSpec
+from bagscope.mil.training.history import Epoch, metrics_csv
+from bagscope.mil.training.monitoring import metric_of
+from bagscope.mil.training.optimisation import (
+    RunningMean,
+    Schedule,
+    Weights,
+    build_optimiser,
+    copied,
+    mean_of,
+)
+
+STATE_NAME = "state.pt"
+METRICS_NAME = "metrics.csv"
+
+
+class TrainingError(BagscopeError):
+    """Training can't go on: a loss that is no number, or too little memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What training came to.
+
+    Attributes:
+        weights: of the checkpoint rule.
+        epoch: whose weights these are, from 1; of "averaged", the last one.
+        inner_logits: (n, C) of the inner validation part under these weights; None without one.
+    """
+
+    model: Aggregator
+    weights: Weights
+    objective: FittedObjective
+    epoch: int
+    history: tuple[Epoch, ...]
+    inner_logits: NDArray[np.float64] | None
+
+
+@dataclass
+class _Watch:
+    """Early stopping: the best epoch so far."""
+
+    best: float = math.inf
+    epoch: int = 0
+    weights: Weights = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one model on one source."""
+
+    def __init__(
+        self,
+        recipe: TrainSpec,
+        targets: Sequence[TargetSpec],
+        train: BagSource,
+        inner: BagSource | None,
+        *,
+        seed: int,
+        device: str = "cpu",
+        folder: Path | None = None,
+        fingerprint: str = "",
+        on_epoch: Callable[[Epoch], None] = lambda _: None,
+    ) -> None:
+        """Prepare a training.
+
+        Args:
+            recipe: what to train and how.
+            targets: with their classes resolved.
+            train: what is learnt from.
+            inner: the inner validation part; None trains all epochs and keeps the last weights.
+            seed: of weights, order, sampling and dropout.
+            device: "cpu", "cuda", ...
+            folder: where the state is kept, so that a killed training goes on; nowhere if None.
+            fingerprint: of all that the training depends on; a state of another one is refused.
+            on_epoch: is told of every epoch.
+
+        Raises:
+            ConfigError: options that do not go together.
+        """
+        self.recipe = recipe
+        self.targets = tuple(targets)
+        self._train = train
+        self._inner = inner
+        self._seed = seed
+        self._device = torch.device(device)
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._on_epoch = on_epoch
+        spec = recipe.training
+        if spec.precision == "float16" and self._device.type == "cpu":
+            raise ConfigError("precision is float16, which CPUs do not multiply; use float32")
+        torch.manual_seed(seed)
+        objective = build_objective(self.targets, recipe.objective)
+        self.objective = objective.fit(_labels(train))
+        self.model = build_aggregator(
+            recipe.aggregator.name, train.dimension, objective.outputs, recipe.aggregator.options
+        ).to(self._device)
+        self._forward: Callable[[Bags], Any] = (
+            torch.compile(self.model, dynamic=True) if spec.compile else self.model
+        )
+        self._optimiser = build_optimiser(self.model, recipe.optimiser)
+        per_epoch = len(self._plan(0))
+        self._schedule = Schedule(
+            spec=recipe.optimiser,
+            steps=per_epoch * spec.epochs,
+            warmup_steps=round(per_epoch * recipe.optimiser.warmup_epochs),
+        )
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=spec.precision == "float16")
+        self._ema = RunningMean(spec.ema_decay) if spec.ema_decay is not None else None
+        self._last: deque[Weights] = deque(maxlen=spec.average_epochs)
+        self._watch = _Watch()
+        self._history: list[Epoch] = []
+
+    def run(self) -> Trained:
+        """Train to the end, from where an earlier run of the same training stopped.
+
+        Raises:
+            TrainingError: the loss is no number.
+        """
+        spec = self.recipe.training
+        self._resume()
+        while len(self._history) < spec.epochs and not self._is_over():
+            epoch = self._one_epoch(len(self._history))
+            self._history.append(epoch)
+            self._after_epoch(epoch)
+            self._keep()
+            self._on_epoch(epoch)
+        return self._finished()
+
+    # --- one epoch ------------------------------------------------------------------------------
+
+    def _plan(self, epoch: int) -> list[Step]:
+        return plan_epoch(
+            self._train.lengths,
+            self.recipe.bags,
+            seed=self._seed,
+            epoch=epoch,
+            weights=self._draw_weights() if self.recipe.bags.balanced else None,
+            whole_steps=self.objective.needs_batch_of_bags,
+        )
+
+    def _one_epoch(self, number: int) -> Epoch:
+        began_s = time.perf_counter()
+        steps = self._plan(number)
+        how = Presentation(
+            spec=self.recipe.bags,
+            dtype=DTYPES[self.recipe.training.precision],
+            training=True,
+            seed=self._seed,
+            epoch=number,
+        )
+        work = [(step, batch) for step in steps for batch in step.batches]
+
+        def read(item: tuple[Step, Batch]) -> Bags:
+            return load_batch(self._train, item[1], how, step=item[0].number)
+
+        self.model.train()
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        tiles = 0
+        ready: Prefetched[Bags] = Prefetched(work, read)
+        try:
+            for step in steps:
+                rate = self._schedule.rate(step.number)
+                for group in self._optimiser.param_groups:
+                    group["lr"] = rate
+                self._optimiser.zero_grad(set_to_none=True)
+                for _ in step.batches:
+                    bags = next(ready)
+                    tiles += len(bags.features)
+                    self._learn(bags.to(self._device), step, sums, counts)
+                self._change_weights()
+        finally:
+            ready.close()
+        validation_loss, metric = self._validate()
+        return Epoch(
+            number=number + 1,
+            losses={name: total / counts[name] for name, total in sums.items() if counts[name]},
+            validation_loss=validation_loss,
+            metric=metric,
+            lr=rate,
+            tiles=tiles,
+            seconds=time.perf_counter() - began_s,
+            waited_s=ready.waited_s,
+        )
+
+    def _learn(
+        self, bags: Bags, step: Step, sums: dict[str, float], counts: dict[str, int]
+    ) -> None:
+        progress = step.number / max(1, self._schedule.steps)
+        output = self._forward(bags)
+        losses = self.objective(output, bags.targets or {}, progress=progress)
+        total = float(losses.total.detach())
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss is {total} in epoch {len(self._history) + 1} on bags "
+                f"{', '.join(bags.bag_ids[:5])}; look at their features, or lower the learning rate"
+            )
+        scaled: Tensor = self._scaler.scale(losses.total * (len(bags) / step.size))
+        scaled.backward()  # type: ignore[no-untyped-call]
+        _add(sums, counts, "total", losses.total.detach().expand(len(bags)))
+        for name, values in losses.terms.items():
+            _add(sums, counts, name, values.detach()[losses.present[name]])
+
+    def _change_weights(self) -> None:
+        clip = self.recipe.optimiser.clip_norm
+        if clip is not None:
+            self._scaler.unscale_(self._optimiser)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
+        if self._ema is not None:
+            self._ema.add(self.model)
+
+    def _validate(self) -> tuple[float, float]:
+        if self._inner is None:
+            return math.nan, math.nan
+        logits = self._inner_logits(self._ema.weights if self._ema else None)
+        labels = _labels(self._inner)
+        loss = self.objective.validation_loss(
+            torch.from_numpy(logits), {name: torch.from_numpy(v) for name, v in labels.items()}
+        )
+        first = self.targets[0]
+        predicted = self.objective.predictions(logits)[first.name]
+        return loss, metric_of(first, labels[first.name], predicted)
+
+    def _inner_logits(self, weights: Weights | None) -> NDArray[np.float64]:
+        assert self._inner is not None
+        kept = None
+        if weights is not None:
+            kept = copied(self.model)
+            self.model.load_state_dict(weights)
+        found = infer(
+            self.model,
+            self._inner,
+            self.recipe.bags,
+            device=self._device,
+            precision=self.recipe.training.precision,
+        )
+        if kept is not None:
+            self.model.load_state_dict(kept)
+        return found.logits
+
+    # --- between epochs -------------------------------------------------------------------------
+
+    def _after_epoch(self, epoch: Epoch) -> None:
+        spec = self.recipe.training
+        if self._inner is not None:
+            if self.recipe.optimiser.schedule == "plateau":
+                self._schedule.after_epoch(epoch.validation_loss)
+            watched = epoch.validation_loss if spec.monitor == "loss" else -epoch.metric
+            if not self._watch.epoch or watched < self._watch.best:
+                self._watch = _Watch(
+                    best=watched if math.isfinite(watched) else math.inf,
+                    epoch=epoch.number,
+                    weights=self._weights_now(),
+                )
+        if spec.checkpoint == "averaged":
+            self._last.append(self._weights_now())
+
+    def _is_over(self) -> bool:
+        spec = self.recipe.training
+        done = len(self._history)
+        if self._inner is None or spec.patience is None or done < max(1, spec.min_epochs):
+            return False
+        return done - self._watch.epoch >= spec.patience
+
+    def _weights_now(self) -> Weights:
+        if self._ema is None:
+            return copied(self.model)
+        return {name: weight.clone() for name, weight in self._ema.weights.items()}
+
+    def _finished(self) -> Trained:
+        spec = self.recipe.training
+        epoch = len(self._history)
+        if spec.checkpoint == "averaged":
+            weights = mean_of(self._last)
+        elif spec.checkpoint == "best" and self._watch.epoch:
+            weights, epoch = self._watch.weights, self._watch.epoch
+        else:
+            weights = self._weights_now()
+        self.model.load_state_dict(weights)
+        self.model.eval()
+        return Trained(
+            model=self.model,
+            weights=weights,
+            objective=self.objective,
+            epoch=epoch,
+            history=tuple(self._history),
+            inner_logits=None if self._inner is None else self._inner_logits(None),
+        )
+
+    def _draw_weights(self) -> NDArray[np.float64]:
+        """Return how likely each case is drawn, so that classes come equally often."""
+        target = next((t for t in self.targets if t.is_categorical), None)
+        if target is None:
+            raise ConfigError("bags.balanced draws by class, and no target has classes; unset it")
+        labels = _labels(self._train)[target.name][:, 0]
+        found, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        weights = 1.0 / counts[places]
+        return np.where(np.isnan(labels), 1.0 / len(labels) * len(found), weights)
+
+    # --- going on after a kill ------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        if self._folder is None:
+            return
+        state = {
+            "fingerprint": self._fingerprint,
+            "history": [epoch.plain() for epoch in self._history],
+            "model": self.model.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state(),
+            "scaler": self._scaler.state_dict(),
+            "ema": self._ema.state() if self._ema else None,
+            "last": list(self._last),
+            "watch": [self._watch.best, self._watch.epoch, self._watch.weights],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self._device.type == "cuda" else [],
+        }
+        with artifacts.atomic_file(self._folder / STATE_NAME) as temporary:
+            torch.save(state, temporary)
+        artifacts.step("state-written")
+        artifacts.write_text(self._folder / METRICS_NAME, metrics_csv(self._history))
+
+    def _resume(self) -> None:
+        path = None if self._folder is None else self._folder / STATE_NAME
+        if path is None or not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location=self._device, weights_only=True)
+        except Exception as error:  # whatever a damaged file makes of the unpickler
+            raise ArtifactError(
+                f"{path}: can't be read ({first_line(error)}); delete it to train this member anew"
+            ) from error
+        if state["fingerprint"] != self._fingerprint:
+            raise FingerprintMismatch(
+                f"{path}: was left by a training with other options or data; pass --overwrite to "
+                "train anew, or choose another --name"
+            )
+        self._history = [Epoch(**values) for values in state["history"]]
+        self.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.restore(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._ema is not None:
+            self._ema.restore(state["ema"])
+        self._last.extend(state["last"])
+        best, epoch, weights = state["watch"]
+        self._watch = _Watch(best=best, epoch=epoch, weights=dict(weights))
+        torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+
+
+def _labels(source: BagSource) -> dict[str, NDArray[np.float64]]:
+    """Return the labels (n, w) of a source's cases, by target."""
+    names = source.cases[0].targets
+    return {
+        name: np.array([case.targets[name] for case in source.cases], np.float64) for name in names
+    }
+
+
+def _add(sums: dict[str, float], counts: dict[str, int], name: str, values: Tensor) -> None:
+    sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+    counts[name] = counts.get(name, 0) + len(values)

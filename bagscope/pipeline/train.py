@@ -1,0 +1,367 @@
+"""Training: members for every fold and seed, each tested once on the fold that it never saw.
+
+A member is trained in a process that is given training and inner-validation cases and a store that
+knows their slides alone. When it is finished and sealed, another process predicts its test fold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from bagscope import artifacts
+from bagscope.artifacts import Json
+from bagscope.cohort.jobs import Job, RunOptions, RunReport, StageResult
+from bagscope.cohort.progress import Reporter, SlideTold
+from bagscope.cohort.runner import run_cohort
+from bagscope.errors import ConfigError
+from bagscope.mil.cases import Case
+from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.targets import TargetSpec
+from bagscope.pipeline.recipes import load_recipe
+from bagscope.pipeline.study import Study, available_cores
+from bagscope.pipeline.tile import run_options
+
+if TYPE_CHECKING:
+    from bagscope.cohort.executors.local import LocalExecutor
+    from bagscope.mil.splits.plan import SplitPlan
+
+STAGE, TEST_STAGE = "train", "test"
+CONFIG_NAME = "config.yaml"
+SPLITS_NAME = "splits.csv"
+PREDICTIONS_NAME = "predictions.csv"
+NUMERICS = 1
+"""Raised by hand, with a changelog line, when training comes to other numbers."""
+WORKER_MODULES = ("bagscope.pipeline.train_worker",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRequest:
+    """What is to be trained, as asked for.
+
+    Attributes:
+        recipe: name or YAML file.
+        settings: options laid over it, nested.
+        targets: what to predict.
+        split: name of the splits.
+        name: of the run; the recipe's name if empty.
+        features: folder or URL of features, over the study's own.
+        encoder: which of the study's encoders, where it has several.
+        seeds: one member per fold and seed.
+        skip_missing: leave slides without features out in place of refusing.
+        device: "cpu", "cuda", ...
+        overwrite: train anew what was trained otherwise.
+        shard: (i, n), to train the i-th of n parts of the members.
+    """
+
+    targets: tuple[TargetSpec, ...]
+    recipe: str = "abmil"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    split: str = "default"
+    name: str = ""
+    features: str | None = None
+    encoder: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    skip_missing: bool = False
+    device: str = "cpu"
+    overwrite: bool = False
+    shard: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberTask:
+    """All that a worker needs to train one member; there is no test case in it.
+
+    Attributes:
+        folder: of the member.
+        location: of the feature store.
+        threads: that it computes with; they may change the last bits, so all members have as many.
+    """
+
+    folder: Path
+    recipe: TrainSpec
+    targets: tuple[TargetSpec, ...]
+    train: tuple[Case, ...]
+    inner: tuple[Case, ...]
+    location: str
+    seed: int
+    device: str
+    threads: int
+    overwrite: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestTask:
+    """All that a worker needs to predict the test fold of a finished member."""
+
+    folder: Path
+    cases: tuple[Case, ...]
+    location: str
+    device: str
+    threads: int
+    repeat: int
+    fold: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """How a training run ended.
+
+    Attributes:
+        folder: of the run.
+        trained: the report of the members.
+        tested: the report of their test folds; None where training did not come to its end.
+        is_complete: whether every member of the run is trained and tested, by whomever.
+        notes: sentences that the user should see.
+    """
+
+    folder: Path
+    trained: RunReport
+    tested: RunReport | None
+    is_complete: bool
+    notes: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0 where every member is trained and tested, else 1, 130 where interrupted."""
+        return self.trained.exit_code or (self.tested.exit_code if self.tested else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """A run before it starts: its configuration, and a task per member."""
+
+    folder: Path
+    config: Mapping[str, Json]
+    members: Mapping[str, MemberTask]
+    tests: Mapping[str, TestTask]
+    plan: SplitPlan
+    notes: tuple[str, ...]
+
+
+def plan_training(study: Study, request: TrainRequest) -> PlannedRun:
+    """Read labels, features and splits, and say what would be trained.
+
+    Raises:
+        ConfigError: a recipe, label or split that does not fit; names it.
+        ArtifactError: no features.
+    """
+    from bagscope.features.store import FeatureStore
+    from bagscope.pipeline.train_data import find_features, labelled_study, split_plan
+
+    if not request.targets:
+        raise ConfigError("nothing to predict; name a label column with --target")
+    recipe = load_recipe(request.recipe, request.settings)
+    location = find_features(study, request.features, request.encoder)
+    labelled = labelled_study(
+        study,
+        request.targets,
+        per=recipe.bags.per,
+        location=location,
+        skip_missing=request.skip_missing,
+    )
+    table = labelled.table
+    plan, notes = split_plan(study, table, name=request.split, spec=study.spec.splits)
+    folder = study.folder / "runs" / (request.name or Path(request.recipe).stem)
+    count = len(plan.splits) * len(request.seeds)
+    cores = available_cores()
+    threads = max(1, cores // min(count, cores))
+    members, tests = {}, {}
+    for split in plan.splits:
+        for seed in request.seeds:
+            name = f"fold_{split.name}_s{seed}"
+            members[name] = MemberTask(
+                folder=folder / name,
+                recipe=recipe,
+                targets=table.targets,
+                train=table.chosen(split.train),
+                inner=table.chosen(split.val),
+                location=location,
+                seed=seed,
+                device=request.device,
+                threads=threads,
+                overwrite=request.overwrite,
+            )
+            tests[name] = TestTask(
+                folder=folder / name,
+                cases=table.chosen(split.test),
+                location=location,
+                device=request.device,
+                threads=threads,
+                repeat=split.repeat,
+                fold=split.fold,
+                seed=seed,
+            )
+    store = FeatureStore.open(location)
+    record = store.record(table.cases[0].slide_ids[0])
+    config = {
+        "schema_version": 1,
+        "numerics": NUMERICS,
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_name": Path(request.recipe).stem,
+        "targets": [target.model_dump(mode="json") for target in table.targets],
+        "per": table.per,
+        "seeds": list(request.seeds),
+        "split": {
+            "name": request.split,
+            "spec": plan.spec.as_json(),
+            "sides": artifacts.fingerprint(
+                {
+                    split.name: {side: list(ids) for side, ids in split.sides()}
+                    for split in plan.splits
+                }
+            ),
+        },
+        "features": {
+            "encoder": dict(record.encoder),
+            "weights_sha256": record.weights_sha256,
+            "dimension": record.shape[1],
+        },
+    }
+    return PlannedRun(
+        folder=folder,
+        config=config,
+        members=members,
+        tests=tests,
+        plan=plan,
+        notes=(*labelled.notes, *notes),
+    )
+
+
+def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainResult:
+    """Train every member of a run and test each once; resumes where an earlier call stopped.
+
+    Raises:
+        ConfigError, ArtifactError: as of `plan_training`.
+        FingerprintMismatch: the run's name is taken by a run with other settings.
+    """
+    planned = plan_training(study, request)
+    _claim_run(planned, overwrite=request.overwrite)
+    stage = f"{STAGE}/{planned.folder.name}"
+    # Epochs may take long; what a worker may not be is silent.
+    options = dataclasses.replace(
+        run_options(study.spec.run, request.shard, "local", preload=WORKER_MODULES),
+        sweep=(planned.folder, *(task.folder for task in planned.members.values())),
+        noun="members",
+    )
+    trained = run_cohort(
+        [
+            Job(slide_id=name, payload=task, weight=float(len(task.train)))
+            for name, task in planned.members.items()
+        ],
+        train_one,
+        stage=stage,
+        status_dir=study.status_folder,
+        options=options,
+        report=report,
+        make_executor=lambda: _executor(stage, options, len(planned.members), report),
+    )
+    tested, is_complete = None, False
+    if not trained.interrupted:
+        finished = [name for name, task in planned.members.items() if _is_finished(task.folder)]
+        tested = run_cohort(
+            [Job(slide_id=name, payload=planned.tests[name]) for name in finished],
+            test_one,
+            stage=f"{TEST_STAGE}/{planned.folder.name}",
+            status_dir=study.status_folder,
+            options=options,
+            report=report,
+        )
+        is_complete = not tested.exit_code and len(finished) == len(planned.members)
+        if is_complete:
+            gather_predictions(planned.folder, list(planned.tests.values()))
+    return TrainResult(
+        folder=planned.folder,
+        trained=trained,
+        tested=tested,
+        is_complete=is_complete,
+        notes=planned.notes,
+    )
+
+
+def train_one(job: Job) -> StageResult:
+    """Train one member, in a worker."""
+    from bagscope.pipeline.train_worker import train_task
+
+    return train_task(job.slide_id, job.payload)
+
+
+def test_one(job: Job) -> StageResult:
+    """Predict one member's test fold, in a worker."""
+    from bagscope.pipeline.train_worker import test_task
+
+    return test_task(job.slide_id, job.payload)
+
+
+def gather_predictions(folder: Path, tests: Sequence[TestTask]) -> Path:
+    """Write the predictions of all test folds as one table; return its path."""
+    lines: list[str] = []
+    for task in tests:
+        head, *rows = (task.folder / PREDICTIONS_NAME).read_text(encoding="utf-8").splitlines()
+        lines += rows if lines else [head, *rows]
+    path = folder / PREDICTIONS_NAME
+    artifacts.write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the resolved configuration of a run.
+
+    Raises:
+        ConfigError: no run there.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no run there (it has no {CONFIG_NAME}); run bagscope train")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return dict(values)
+
+
+def _claim_run(planned: PlannedRun, *, overwrite: bool) -> None:
+    """Write the run's configuration, or refuse to mix two in one folder."""
+    from bagscope.mil.splits.files import write_splits
+
+    path = planned.folder / CONFIG_NAME
+    if path.exists() and not overwrite:
+        artifacts.require_same(
+            read_config(planned.folder),
+            planned.config,
+            what=str(planned.folder),
+            remedy="choose another --name, or train anew with --overwrite",
+        )
+    write_splits(planned.plan, planned.folder / SPLITS_NAME, overwrite=True)
+    artifacts.write_text(
+        path, yaml.safe_dump(json.loads(json.dumps(planned.config)), sort_keys=False)
+    )
+
+
+def _is_finished(folder: Path) -> bool:
+    from bagscope.mil.member import FACTS_NAME
+
+    return (folder / FACTS_NAME).exists()
+
+
+def _executor(stage: str, options: RunOptions, members: int, report: Reporter) -> LocalExecutor:
+    from bagscope.cohort.executors.local import LocalExecutor
+
+    def on_message(name: str, message: bytes) -> None:
+        facts = json.loads(message)
+        report.emit(SlideTold(stage=stage, slide_id=name, text=facts.pop("text"), facts=facts))
+
+    return LocalExecutor(
+        pickle.dumps(train_one),
+        module=__name__,
+        workers=max(1, min(options.workers or 1, members)),
+        timeout_s=options.timeout_s,
+        memory_limit_mib=options.memory_limit_mib,
+        preload=options.preload,
+        on_message=on_message,
+    )

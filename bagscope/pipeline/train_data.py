@@ -1,0 +1,121 @@
+"""What a training run starts from: features, labelled cases and splits of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bagscope.errors import ArtifactError, ConfigError
+from bagscope.features.store import FeatureStore
+from bagscope.mil.cases import CaseTable, Per, cases_of, listed
+from bagscope.mil.splits.checking import check_splits
+from bagscope.mil.splits.files import read_splits, write_splits
+from bagscope.mil.splits.making import make_splits
+from bagscope.mil.splits.plan import SplitPlan, SplitSpec
+from bagscope.mil.targets import TargetSpec
+from bagscope.pipeline.splits import splits_path
+from bagscope.pipeline.study import Study
+from bagscope.wsi.tiling import tiling_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledStudy:
+    """A study's cases with their features.
+
+    Attributes:
+        location: of the feature store.
+        notes: sentences that the user should see.
+    """
+
+    table: CaseTable
+    location: str
+    notes: tuple[str, ...]
+
+
+def find_features(study: Study, features: str | None, encoder: str | None) -> str:
+    """Return where the features of a study lie.
+
+    Args:
+        study: an opened study.
+        features: a folder or URL given by the user, which wins.
+        encoder: which of the study's encoders, where it has several.
+
+    Raises:
+        ArtifactError: there are none.
+        ConfigError: several encoders and none of them named, or an unknown one.
+    """
+    if features is not None:
+        if encoder is not None:
+            raise ConfigError(
+                "--features names a folder, so --encoder has no meaning; leave it out"
+            )
+        return features
+    folder = study.folder / "features" / tiling_name(study.spec.tiling)
+    found = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    if not found:
+        raise ArtifactError(
+            f"{folder}: no features yet; run bagscope extract {study.folder} first, or name a "
+            "folder with --features"
+        )
+    if encoder is not None:
+        if encoder not in found:
+            raise ConfigError(f"no features of encoder {encoder!r} (there are: {listed(found)})")
+        return str(folder / encoder)
+    if len(found) > 1:
+        raise ConfigError(f"features of {listed(found)}; name one with --encoder")
+    return str(folder / found[0])
+
+
+def labelled_study(
+    study: Study,
+    targets: Sequence[TargetSpec],
+    *,
+    per: Per,
+    location: str,
+    skip_missing: bool = False,
+) -> LabelledStudy:
+    """Gather the labelled cases of a study.
+
+    Raises:
+        CohortError: labels that are none, contradict each other or are not there at all.
+        ArtifactError: no features there.
+    """
+    store = FeatureStore.open(location)
+    table = cases_of(
+        study.cohort(),
+        targets,
+        per=per,
+        available=store.slide_ids,
+        skip_missing=skip_missing,
+    )
+    return LabelledStudy(table=table, location=location, notes=table.notes)
+
+
+def split_plan(
+    study: Study, table: CaseTable, *, name: str, spec: SplitSpec
+) -> tuple[SplitPlan, tuple[str, ...]]:
+    """Return a study's splits, made where there are none yet, and notes about them.
+
+    Raises:
+        ConfigError: the splits do not fit the cases, or are unsound.
+    """
+    path = splits_path(study, name)
+    notes: tuple[str, ...] = ()
+    if not path.exists():
+        plan = make_splits(table, spec)
+        write_splits(plan, path)
+        notes = (f"made splits/{name}.csv ({spec.method}); edit or replace it before training",)
+    plan = read_splits(path)
+    if plan.per is not None and plan.per != table.per:
+        raise ConfigError(
+            f"{path}: splits cases per {plan.per}, and the run is per {table.per}; make other "
+            "splits, or set bags.per"
+        )
+    known = {case.case_id for case in table.cases}
+    gone = sorted(set(plan.case_ids) - known)
+    if gone:
+        notes += (f"in the splits, but without features or label: {listed(gone)} ({len(gone)})",)
+        plan = plan.restricted_to(known)
+    if faults := check_splits(plan, table):
+        raise ConfigError(f"{path}: {'; '.join(faults[:10])}")
+    return plan, (*notes, *plan.notes)

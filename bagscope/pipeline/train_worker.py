@@ -1,0 +1,203 @@
+"""What a worker does for a member: trains it on what it is given, or predicts its test fold."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bagscope import artifacts
+from bagscope.arithmetic import avoid_broken_units, keep_freed_memory
+from bagscope.artifacts import Json
+from bagscope.cohort.executors import worker
+from bagscope.cohort.jobs import StageResult
+from bagscope.features.store import FeatureStore
+from bagscope.mil.cases import Case
+from bagscope.mil.inference import infer
+from bagscope.mil.member import FACTS_NAME, WEIGHTS_NAME, load_member, read_facts, save_member
+from bagscope.mil.prediction_table import predictions_csv
+from bagscope.mil.sources import StoreSource
+from bagscope.mil.training.finishing import finish
+from bagscope.mil.training.history import Epoch
+from bagscope.mil.training.monitoring import METRICS
+from bagscope.mil.training.trainer import STATE_NAME, Trainer
+from bagscope.pipeline.train import NUMERICS, PREDICTIONS_NAME
+
+if TYPE_CHECKING:
+    from bagscope.pipeline.train import MemberTask, TestTask
+
+
+def train_task(name: str, task: MemberTask) -> StageResult:
+    """Train a member, or find it trained; goes on where a killed training stopped.
+
+    Raises:
+        FingerprintMismatch: it was trained with other options or data.
+    """
+    _set_up(task.threads)
+    train = source_of(task.location, task.train)
+    inner = source_of(task.location, task.inner) if task.inner else None
+    fields = member_fields(task)
+    fingerprint = artifacts.fingerprint(fields)
+    made = None if task.overwrite else read_facts(task.folder)
+    if made is not None:
+        artifacts.require_same(
+            made["fields"],
+            fields,
+            what=str(task.folder),
+            remedy="choose another --name, or train anew with --overwrite",
+        )
+        load_member(task.folder)  # refuses what is damaged
+        return StageResult(
+            outcome="skipped", fingerprint=fingerprint, content_hash=made["weights_sha256"]
+        )
+    if task.overwrite:
+        _forget(task.folder, fingerprint)
+    began_s = time.monotonic()
+    trainer = Trainer(
+        task.recipe,
+        task.targets,
+        train,
+        inner,
+        seed=task.seed,
+        device=task.device,
+        folder=task.folder,
+        fingerprint=fingerprint,
+        on_epoch=lambda epoch: _tell(task, epoch, began_s),
+    )
+    trained = trainer.run()
+    member = finish(trained, task.recipe, train, inner, seed=task.seed, fields=fields)
+    digest = save_member(member, task.folder)
+    artifacts.step("member-written")
+    (task.folder / STATE_NAME).unlink(missing_ok=True)
+    last = trained.history[trained.epoch - 1]
+    return StageResult(
+        outcome="done",
+        fingerprint=fingerprint,
+        content_hash=digest,
+        facts={
+            "tiles": sum(epoch.tiles for epoch in trained.history),
+            "epochs": len(trained.history),
+            "epoch": trained.epoch,
+            "validation_loss": _number(last.validation_loss),
+            "metric": _number(last.metric),
+            "waited": sum(e.waited_s for e in trained.history)
+            / max(1e-9, sum(e.seconds for e in trained.history)),
+        },
+    )
+
+
+def test_task(name: str, task: TestTask) -> StageResult:
+    """Predict the test fold of a finished member."""
+    _set_up(task.threads)
+    member = load_member(task.folder)
+    source = source_of(task.location, task.cases)
+    path = task.folder / PREDICTIONS_NAME
+    found = infer(
+        member.model(task.device),
+        source,
+        member.recipe.bags,
+        device=task.device,
+        precision=member.recipe.training.precision,
+    )
+    text = predictions_csv(
+        member, task.cases, found.logits, repeat=task.repeat, fold=task.fold, seed=task.seed
+    )
+    fingerprint = artifacts.fingerprint({"member": dict(member.fields), "cases": _ids(task.cases)})
+    same = path.exists() and path.read_text(encoding="utf-8") == text
+    if not same:
+        artifacts.write_text(path, text)
+    return StageResult(
+        outcome="skipped" if same else "done",
+        fingerprint=fingerprint,
+        facts={"tiles": int(source.lengths.sum()), "cases": len(task.cases)},
+    )
+
+
+def source_of(location: str, cases: Sequence[Case]) -> StoreSource:
+    """Return a source of cases whose store knows of no other slide."""
+    slides = {slide_id for case in cases for slide_id in case.slide_ids}
+    return StoreSource(FeatureStore.open(location, only=slides), cases)
+
+
+def member_fields(task: MemberTask) -> dict[str, Json]:
+    """Return what a member's numbers depend on."""
+    slides = {s for case in (*task.train, *task.inner) for s in case.slide_ids}
+    store = FeatureStore.open(task.location, only=slides)
+    return {
+        "stage": "train",
+        "numerics": NUMERICS,
+        "recipe": task.recipe.model_dump(mode="json"),
+        "targets": [target.model_dump(mode="json") for target in task.targets],
+        "seed": task.seed,
+        "train": artifacts.fingerprint(_described(task.train, store)),
+        "inner": artifacts.fingerprint(_described(task.inner, store)),
+    }
+
+
+def _described(cases: Sequence[Case], store: FeatureStore) -> dict[str, Json]:
+    return {
+        case.case_id: {
+            "patient": case.patient_id,
+            "slides": {slide_id: store.record(slide_id).fingerprint for slide_id in case.slide_ids},
+            "targets": {name: [str(number) for number in v] for name, v in case.targets.items()},
+        }
+        for case in cases
+    }
+
+
+def _set_up(threads: int) -> None:
+    avoid_broken_units()
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+
+
+def _forget(folder: Path, fingerprint: str) -> None:
+    """Remove a member that is to be trained anew, and the state of another training."""
+    facts = read_facts(folder)
+    state = folder / STATE_NAME
+    if facts is None and state.exists() and _state_of(state) == fingerprint:
+        return  # this very training, killed before
+    for name in (FACTS_NAME, WEIGHTS_NAME, STATE_NAME, PREDICTIONS_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _state_of(path: Path) -> str:
+    try:
+        return str(torch.load(path, map_location="cpu", weights_only=True)["fingerprint"])
+    except Exception:  # damaged: it is about to be removed
+        return ""
+
+
+def _tell(task: MemberTask, epoch: Epoch, began_s: float) -> None:
+    seconds = time.monotonic() - began_s
+    most = task.recipe.training.epochs
+    rate = epoch.tiles / epoch.seconds if epoch.seconds else 0.0
+    metric = METRICS[task.targets[0].task]
+    parts = [f"epoch {epoch.number}/{most}", f"loss {epoch.losses['total']:.4f}"]
+    if task.inner:
+        parts += [f"validation {epoch.validation_loss:.4f}", f"{metric} {epoch.metric:.3f}"]
+    parts += [f"{rate:,.0f} tiles/s"]
+    facts = {
+        "text": ", ".join(parts),
+        "epoch": epoch.number,
+        "epochs": most,
+        "loss": _number(epoch.losses["total"]),
+        "validation_loss": _number(epoch.validation_loss),
+        "metric": _number(epoch.metric),
+        "tiles_per_s": rate,
+        "longest_left_s": epoch.seconds * (most - epoch.number),
+        "seconds": seconds,
+    }
+    worker.tell(json.dumps(facts).encode())
+
+
+def _number(value: float) -> float | None:
+    return value if value == value else None
+
+
+def _ids(cases: Sequence[Case]) -> list[str]:
+    return [case.case_id for case in cases]
