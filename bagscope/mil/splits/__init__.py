@@ -4,10 +4,9 @@ from bagscope.mil.splits.checking import SplitFindings, check_splits, examine_sp
 from bagscope.mil.splits.duplicates import SharedTiles, judge_shared_tiles, shared_tiles
 from bagscope.mil.splits.files import read_splits, write_splits
 from bagscope.mil.splits.making import make_splits
-from bagscope.mil.splits.plan import SIDES, Method, Side, Split, SplitPlan, SplitSpec
+from bagscope.mil.splits.plan import Method, Side, Split, SplitPlan, SplitSpec
 
 __all__ = [
-    "SIDES",
     "Method",
     "SharedTiles",
     "Side",

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from bagscope.mil.cases import CaseTable, listed
 from bagscope.mil.splits.plan import SIDES, Side, Split, SplitPlan, labels_fingerprint
-from bagscope.mil.splits.strata import needed_classes, patients_of
+from bagscope.mil.splits.strata import Patient, needed_classes, patients_of
+from bagscope.mil.targets import TargetSpec
 
 _TESTS_EVERY_CASE_ONCE = ("kfold", "site_out", "site_preserving")
 
@@ -58,11 +59,13 @@ def examine_splits(plan: SplitPlan, table: CaseTable | None) -> SplitFindings:
     patient_of = dict(plan.patient_of)
     if table is not None:
         patient_of |= {case.case_id: case.patient_id for case in table.cases}
+    patients = [] if table is None else patients_of(table)
     for split in plan.splits:
         faults += _case_faults(split, patient_of)
         faults += _patient_faults(split, patient_of)
         if table is not None:
-            faults += _class_findings(plan, split, table, notes)
+            target = table.targets[0] if table.targets else None
+            faults += _side_faults(plan, split, patients, target, notes)
     faults += _round_faults(plan)
     return SplitFindings(faults=tuple(faults), notes=tuple(notes))
 
@@ -116,24 +119,28 @@ def _patient_faults(split: Split, patient_of: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _class_findings(plan: SplitPlan, split: Split, table: CaseTable, notes: list[str]) -> list[str]:
+def _side_faults(
+    plan: SplitPlan,
+    split: Split,
+    patients: Sequence[Patient],
+    target: TargetSpec | None,
+    notes: list[str],
+) -> list[str]:
     """Return faults of sides that are empty or lack a class; what is no fault goes into `notes`."""
     faults: list[str] = []
     side_of = {case_id: side for side, case_ids in split.sides() for case_id in case_ids}
     held: dict[Side, Counter[str]] = {side: Counter() for side in SIDES}
-    for patient in patients_of(table):
+    for patient in patients:
         for side in {side_of[c] for c in patient.case_ids if c in side_of}:
             held[side].update(patient.labels)
     for side, case_ids in split.sides():
         where = f"{split.name}{f' ({split.site})' if split.site else ''}, {side}"
         if not case_ids:
-            wanted = side != "val" or plan.spec.val_share > 0
-            if wanted:
+            if side != "val" or plan.spec.val_share > 0:
                 (notes if side == "val" else faults).append(f"{where}: has no case")
             continue
-        if not table.targets:
+        if target is None:
             continue
-        target = table.targets[0]
         absent = [name for name in needed_classes(target) if not held[side][name]]
         if not absent:
             continue

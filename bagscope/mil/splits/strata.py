@@ -102,11 +102,11 @@ def strata_of(
         return {patient.patient_id: "" for patient in patients}
     if target.task in ("regression", "survival"):
         return _binned(patients, target, parts)
-    return _thinned(patients, parts)
+    return _combined(patients)
 
 
 def _binned(patients: Sequence[Patient], target: TargetSpec, parts: int) -> dict[str, str]:
-    strata = {patient.patient_id: "unlabelled" for patient in patients}
+    strata = {patient.patient_id: "" for patient in patients}
     most = MOST_TIME_BINS if target.task == "survival" else MOST_BINS
     for outcome in (frozenset[str](), frozenset({EVENT})):
         group = [p for p in patients if p.number is not None and p.labels == outcome]
@@ -120,34 +120,34 @@ def _binned(patients: Sequence[Patient], target: TargetSpec, parts: int) -> dict
     return strata
 
 
-def _thinned(patients: Sequence[Patient], parts: int) -> dict[str, str]:
-    """Return combinations of classes; one that can't reach all parts counts as its rarest class."""
-    combinations = Counter(patient.labels for patient in patients)
-    classes = Counter(label for patient in patients for label in patient.labels)
-    strata = {}
-    for patient in patients:
-        labels = sorted(patient.labels)
-        if len(labels) > 1 and combinations[patient.labels] < parts:
-            labels = [min(labels, key=lambda label: (classes[label], label))]
-        strata[patient.patient_id] = "\0".join(labels)
-    return strata
+def _combined(patients: Sequence[Patient]) -> dict[str, str]:
+    """Return combinations of classes, named so that those of one rare class are neighbours.
 
+    What is dealt out runs on from one stratum to the next, so neighbours share alike even where
+    each alone has too few patients.
+    """
+    counts = Counter(label for patient in patients for label in patient.labels)
 
-def _by_stratum(strata: Mapping[str, str], salt: str) -> list[list[str]]:
-    """Return the patients of each stratum in the salt's order; strata in order of name."""
-    groups: dict[str, list[str]] = {}
-    for patient_id in hash_order(strata, salt):
-        groups.setdefault(strata[patient_id], []).append(patient_id)
-    return [groups[stratum] for stratum in sorted(groups)]
+    def rarity(label: str) -> tuple[int, str]:
+        return counts[label], label
+
+    return {
+        patient.patient_id: "\0".join(sorted(patient.labels, key=rarity)) for patient in patients
+    }
 
 
 def hash_order(names: Iterable[str], salt: str) -> list[str]:
     """Return names in an order that looks random and depends on them and the salt alone."""
+    return sorted(names, key=lambda name: (_hash(f"{salt}\0{name}"), name))
 
-    def key(name: str) -> tuple[bytes, str]:
-        return hashlib.blake2b(f"{salt}\0{name}".encode(), digest_size=8).digest(), name
 
-    return sorted(names, key=key)
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _in_a_row(strata: Mapping[str, str], salt: str) -> list[str]:
+    """Return patients stratum after stratum, within each in the salt's order."""
+    return sorted(hash_order(strata, salt), key=lambda patient_id: strata[patient_id])
 
 
 # --- dividing -------------------------------------------------------------------------------
@@ -158,38 +158,38 @@ def deal(strata: Mapping[str, str], folds: int, salt: str) -> dict[str, int]:
 
     Each stratum, and the whole, comes to the same size in every fold within one patient.
     """
-    dealt = [patient_id for group in _by_stratum(strata, salt) for patient_id in group]
-    return {patient_id: position % folds for position, patient_id in enumerate(dealt)}
+    row = _in_a_row(strata, salt)
+    return {patient_id: position % folds for position, patient_id in enumerate(row)}
 
 
 def draw(
     patients: Sequence[Patient], strata: Mapping[str, str], share: float, salt: str
 ) -> set[str]:
-    """Draw a share of the patients, each stratum by its size (largest remainders).
+    """Draw a share of the patients at even steps along their row of strata.
 
-    No class is drawn to its last patient, and each that has two patients or more is drawn at least
-    once, unless another class would lose its last one by that.
+    So each stratum gives its share within one patient. Then no class is drawn to its last
+    patient, and each that has two or more is drawn at least once, unless another class would lose
+    its last one by that.
     """
     total = len(patients)
     if share <= 0 or total < 2:
         return set()
     wanted = min(max(round(share * total), 1), total - 1)
-    groups = _by_stratum(strata, salt)
-    quotas = [wanted * len(group) // total for group in groups]
-    by_remainder = sorted(range(len(groups)), key=lambda i: -(wanted * len(groups[i]) % total))
-    for i in by_remainder[: wanted - sum(quotas)]:
-        quotas[i] += 1
-    drawn = {name for group, n in zip(groups, quotas, strict=True) for name in group[:n]}
-    order = hash_order((patient.patient_id for patient in patients), salt)
-    labels_by_id = {patient.patient_id: patient.labels for patient in patients}
-    holders = {
-        label: [name for name in order if label in labels_by_id[name]]
-        for label in sorted(frozenset().union(*labels_by_id.values()))
+    start = _hash(salt) % total
+    drawn = {
+        patient_id
+        for position, patient_id in enumerate(_in_a_row(strata, salt))
+        if (start + position * wanted) % total < wanted
     }
-    for names in holders.values():
-        if len(names) > 1 and drawn.isdisjoint(names):
-            drawn.add(names[0])
-    for names in holders.values():
-        if drawn.issuperset(names):
-            drawn.discard(names[-1])
+    labels_by_id = {patient.patient_id: patient.labels for patient in patients}
+    holders: dict[str, list[str]] = {}
+    for patient_id in hash_order(labels_by_id, salt):
+        for label in labels_by_id[patient_id]:
+            holders.setdefault(label, []).append(patient_id)
+    for label in sorted(holders):
+        if len(holders[label]) > 1 and drawn.isdisjoint(holders[label]):
+            drawn.add(holders[label][0])
+    for label in sorted(holders):
+        if drawn.issuperset(holders[label]):
+            drawn.discard(holders[label][-1])
     return drawn
