@@ -14,6 +14,7 @@ from bagscope.mil.bags import BagOutput, Bags
 from bagscope.mil.loading import Prefetched, Presentation, load_batch, pack
 from bagscope.mil.recipe import BagSpec
 from bagscope.mil.sources import BagSource
+from bagscope.mil.statistics import Scale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,10 +39,11 @@ def outputs(
     *,
     device: torch.device | str = "cpu",
     precision: str = "float32",
+    scale: Scale | None = None,
 ) -> Iterator[tuple[Bags, BagOutput]]:
     """Yield each batch and what the model makes of it, in the source's order."""
     batches = pack(range(len(source.cases)), source.lengths, spec.batch_tiles)
-    how = Presentation(spec=spec, dtype=DTYPES[precision])
+    how = Presentation(spec=spec, dtype=DTYPES[precision], scale=scale)
     was_training = model.training
     model.eval()
     ready: Prefetched[Bags] = Prefetched(batches, lambda batch: load_batch(source, batch, how))
@@ -62,10 +64,12 @@ def infer(
     *,
     device: torch.device | str = "cpu",
     precision: str = "float32",
+    scale: Scale | None = None,
 ) -> Inferred:
     """Return logits and embedding of every case."""
     logits, embedding = [], []
-    for _, output in outputs(model, source, spec, device=device, precision=precision):
+    found = outputs(model, source, spec, device=device, precision=precision, scale=scale)
+    for _, output in found:
         logits.append(output.logits.double().cpu().numpy())
         embedding.append(output.embedding.float().cpu().numpy())
     return Inferred(logits=np.concatenate(logits), embedding=np.concatenate(embedding))

@@ -22,6 +22,7 @@ from bagscope.mil.bags import Bags
 from bagscope.mil.recipe import BagSpec
 from bagscope.mil.sampling import disturb, sample_rows
 from bagscope.mil.sources import BagSource, CaseBag
+from bagscope.mil.statistics import Scale
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -106,6 +107,7 @@ class Presentation:
         training: whether tiles are sampled and disturbed.
         seed: of the run.
         epoch: from 0.
+        scale: that tiles are brought to, None to leave them as they are.
     """
 
     spec: BagSpec
@@ -113,6 +115,7 @@ class Presentation:
     training: bool = False
     seed: int = 0
     epoch: int = 0
+    scale: Scale | None = None
 
 
 def load_batch(source: BagSource, batch: Batch, how: Presentation, *, step: int = 0) -> Bags:
@@ -123,6 +126,8 @@ def load_batch(source: BagSource, batch: Batch, how: Presentation, *, step: int 
     end = 0
     for bag, length in zip(bags, lengths, strict=True):
         tiles = torch.from_numpy(bag.features)
+        if how.scale is not None:
+            tiles = how.scale.apply(tiles)
         if how.training:
             key = (how.seed, how.epoch, bag.case.case_id)
             tiles = disturb(tiles, dropout=how.spec.feature_dropout, noise=how.spec.noise, key=key)

@@ -15,13 +15,17 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bagscope import artifacts
 from bagscope.artifacts import Json
 from bagscope.errors import SchemaError, first_line
 from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
+from bagscope.mil.inference import Inferred, infer
 from bagscope.mil.objectives.fitted import FittedObjective
 from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.sources import BagSource
+from bagscope.mil.statistics import FeatureStatistics, Scale, scale_of
 from bagscope.mil.targets import TargetSpec
 from bagscope.mil.training.optimisation import Weights
 from bagscope.specs import parse_spec
@@ -29,6 +33,7 @@ from bagscope.specs import parse_spec
 WEIGHTS_NAME = "member.safetensors"
 FACTS_NAME = "member.json"
 SCHEMA_VERSION = 1
+_MODEL, _STATISTICS = "model.", "statistics."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +41,7 @@ class Member:
     """A trained model.
 
     Attributes:
-        features: width of a tile's vector.
+        statistics: of the training features.
         temperatures: by target, where the inner validation part was large enough.
         uncalibrated: why a target has no temperature.
         thresholds: of the last of two classes, by target.
@@ -50,7 +55,7 @@ class Member:
     targets: tuple[TargetSpec, ...]
     objective: FittedObjective
     weights: Weights
-    features: int
+    statistics: FeatureStatistics
     temperatures: Mapping[str, float] = field(default_factory=dict)
     uncalibrated: Mapping[str, str] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -58,6 +63,27 @@ class Member:
     epoch: int = 0
     epochs: int = 0
     fields: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def features(self) -> int:
+        """Return the width of a tile's vector."""
+        return len(self.statistics.mean)
+
+    @property
+    def scale(self) -> Scale | None:
+        """Return what tiles are brought to before the model sees them; None for nothing."""
+        return scale_of(self.statistics) if self.recipe.bags.standardise else None
+
+    def infer(self, source: BagSource, device: torch.device | str = "cpu") -> Inferred:
+        """Return the member's logits and embedding of every case."""
+        return infer(
+            self.model(device),
+            source,
+            self.recipe.bags,
+            device=device,
+            precision=self.recipe.training.precision,
+            scale=self.scale,
+        )
 
     def model(self, device: torch.device | str = "cpu") -> Aggregator:
         """Return the model, ready to predict."""
@@ -76,8 +102,12 @@ class Member:
 def save_member(member: Member, folder: Path) -> str:
     """Write a member into a folder; return the hash of its weights."""
     with artifacts.atomic_file(folder / WEIGHTS_NAME) as temporary:
-        weights = {name: weight.cpu().contiguous() for name, weight in member.weights.items()}
-        safetensors.torch.save_file(weights, temporary)
+        tensors = {
+            **{f"{_MODEL}{name}": tensor for name, tensor in member.weights.items()},
+            **{f"{_STATISTICS}{name}": t for name, t in member.statistics.tensors().items()},
+        }
+        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(kept, temporary)
     artifacts.step("weights-written")
     digest = artifacts.sha256_of_file(folder / WEIGHTS_NAME)
     facts = {
@@ -85,7 +115,6 @@ def save_member(member: Member, folder: Path) -> str:
         "recipe": member.recipe.model_dump(mode="json"),
         "targets": [target.model_dump(mode="json") for target in member.targets],
         "objective": member.objective.to_json(),
-        "features": member.features,
         "temperatures": dict(member.temperatures),
         "uncalibrated": dict(member.uncalibrated),
         "thresholds": dict(member.thresholds),
@@ -133,7 +162,7 @@ def load_member(folder: Path) -> Member:
     if not path.exists() or artifacts.sha256_of_file(path) != facts["weights_sha256"]:
         raise SchemaError(f"{path}: missing, or changed since it was written; train it anew")
     try:
-        weights = safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except Exception as error:  # the library's own error is not part of its interface
         raise SchemaError(f"{path}: can't be read ({first_line(error)}); train it anew") from error
     where = str(folder / FACTS_NAME)
@@ -141,8 +170,8 @@ def load_member(folder: Path) -> Member:
         recipe=parse_spec(TrainSpec, facts["recipe"], where=where),
         targets=_targets(facts["targets"], where),
         objective=FittedObjective.from_json(facts["objective"]),
-        weights=weights,
-        features=facts["features"],
+        weights=_under(_MODEL, tensors),
+        statistics=FeatureStatistics.of_tensors(_under(_STATISTICS, tensors)),
         temperatures=facts["temperatures"],
         uncalibrated=facts["uncalibrated"],
         thresholds=facts["thresholds"],
@@ -151,6 +180,14 @@ def load_member(folder: Path) -> Member:
         epochs=facts["epochs"],
         fields=facts["fields"],
     )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Weights:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _targets(values: Sequence[Mapping[str, Any]], where: str) -> tuple[TargetSpec, ...]:

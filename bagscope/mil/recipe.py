@@ -39,6 +39,9 @@ class BagSpec(Spec):
     sampling: Sampling = Field(
         default="uniform", description="how they are drawn: uniform or spatial"
     )
+    standardise: bool = Field(
+        default=False, description="bring tiles to the training tiles' mean 0 and deviation 1"
+    )
     feature_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of feature values set to zero in training"
     )

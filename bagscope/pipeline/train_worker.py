@@ -17,7 +17,6 @@ from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import StageResult
 from bagscope.features.store import FeatureStore
 from bagscope.mil.cases import Case
-from bagscope.mil.inference import infer
 from bagscope.mil.member import FACTS_NAME, WEIGHTS_NAME, load_member, read_facts, save_member
 from bagscope.mil.prediction_table import predictions_csv
 from bagscope.mil.sources import StoreSource
@@ -69,7 +68,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
         on_epoch=lambda epoch: _tell(task, epoch, began_s),
     )
     trained = trainer.run()
-    member = finish(trained, task.recipe, train, inner, seed=task.seed, fields=fields)
+    member = finish(trained, task.recipe, inner, seed=task.seed, fields=fields)
     digest = save_member(member, task.folder)
     artifacts.step("member-written")
     (task.folder / STATE_NAME).unlink(missing_ok=True)
@@ -96,13 +95,7 @@ def test_task(name: str, task: TestTask) -> StageResult:
     member = load_member(task.folder)
     source = source_of(task.location, task.cases)
     path = task.folder / PREDICTIONS_NAME
-    found = infer(
-        member.model(task.device),
-        source,
-        member.recipe.bags,
-        device=task.device,
-        precision=member.recipe.training.precision,
-    )
+    found = member.infer(source, task.device)
     text = predictions_csv(
         member, task.cases, found.logits, repeat=task.repeat, fold=task.fold, seed=task.seed
     )

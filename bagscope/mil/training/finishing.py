@@ -34,7 +34,6 @@ class _Fitted:
 def finish(
     trained: Trained,
     recipe: TrainSpec,
-    train: BagSource,
     inner: BagSource | None,
     *,
     seed: int,
@@ -60,7 +59,7 @@ def finish(
         targets=tuple(objective.targets),
         objective=objective,
         weights=trained.weights,
-        features=train.dimension,
+        statistics=trained.statistics,
         temperatures=fitted.temperatures,
         uncalibrated=fitted.uncalibrated,
         thresholds=fitted.thresholds,

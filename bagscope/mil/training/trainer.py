@@ -36,6 +36,7 @@ from bagscope.mil.objectives.fitted import FittedObjective
 from bagscope.mil.objectives.objective import build_objective
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.sources import BagSource
+from bagscope.mil.statistics import FeatureStatistics, scale_of, statistics_of
 from bagscope.mil.targets import TargetSpec
 from bagscope.mil.training.history import Epoch, metrics_csv
 from bagscope.mil.training.monitoring import metric_of
@@ -63,6 +64,7 @@ class Trained:
     Attributes:
         weights: of the checkpoint rule.
         epoch: whose weights these are, from 1; of "averaged", the last one.
+        statistics: of the training features.
         inner_logits: (n, C) of the inner validation part under these weights; None without one.
     """
 
@@ -71,6 +73,7 @@ class Trained:
     objective: FittedObjective
     epoch: int
     history: tuple[Epoch, ...]
+    statistics: FeatureStatistics
     inner_logits: NDArray[np.float64] | None
 
 
@@ -127,6 +130,8 @@ class Trainer:
         spec = recipe.training
         if spec.precision == "float16" and self._device.type == "cpu":
             raise ConfigError("precision is float16, which CPUs do not multiply; use float32")
+        self.statistics = statistics_of(train)
+        self._scale = scale_of(self.statistics) if recipe.bags.standardise else None
         torch.manual_seed(seed)
         objective = build_objective(self.targets, recipe.objective)
         self.objective = objective.fit(_labels(train))
@@ -186,6 +191,7 @@ class Trainer:
             training=True,
             seed=self._seed,
             epoch=number,
+            scale=self._scale,
         )
         work = [(step, batch) for step in steps for batch in step.batches]
 
@@ -274,6 +280,7 @@ class Trainer:
             self.recipe.bags,
             device=self._device,
             precision=self.recipe.training.precision,
+            scale=self._scale,
         )
         if kept is not None:
             self.model.load_state_dict(kept)
@@ -325,6 +332,7 @@ class Trainer:
             objective=self.objective,
             epoch=epoch,
             history=tuple(self._history),
+            statistics=self.statistics,
             inner_logits=None if self._inner is None else self._inner_logits(None),
         )
 

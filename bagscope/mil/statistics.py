@@ -1,0 +1,88 @@
+"""What the training features look like: to bring tiles to one scale, and to know what is unlike.
+
+Means and standard deviations of tiles, and of the bags' means, in one pass over the training part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bagscope.mil.sources import BagSource
+
+_FEW = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureStatistics:
+    """Of the training features, float64.
+
+    Attributes:
+        mean: (D,) over tiles.
+        std: (D,) over tiles.
+        bag_mean: (D,) over the bags' means.
+        bag_std: (D,) over the bags' means.
+    """
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    bag_mean: NDArray[np.float64]
+    bag_std: NDArray[np.float64]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the numbers as tensors, by name."""
+        return {name: torch.from_numpy(getattr(self, name).copy()) for name in self.__slots__}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> FeatureStatistics:
+        """Return what `tensors` took apart."""
+        return cls(**{name: tensors[name].double().numpy() for name in cls.__slots__})
+
+
+def statistics_of(source: BagSource) -> FeatureStatistics:
+    """Return the statistics of a source's bags; reads each once."""
+    width = source.dimension
+    count, mean, spread = 0, np.zeros(width), np.zeros(width)
+    bag_means = np.empty((len(source.cases), width))
+    for place in range(len(source.cases)):
+        tiles = source.read(place).features.astype(np.float64)
+        here = tiles.mean(axis=0)
+        bag_means[place] = here
+        # Means and sums of squares are joined bag by bag: nothing cancels, nothing is kept.
+        joined = count + len(tiles)
+        apart = here - mean
+        spread += ((tiles - here) ** 2).sum(axis=0) + apart**2 * count * len(tiles) / joined
+        mean += apart * len(tiles) / joined
+        count = joined
+    return FeatureStatistics(
+        mean=mean,
+        std=np.sqrt(spread / max(1, count)),
+        bag_mean=bag_means.mean(axis=0),
+        bag_std=bag_means.std(axis=0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """Brings tiles to mean 0 and standard deviation 1: float32, (D,)."""
+
+    shift: Tensor
+    factor: Tensor
+
+    def apply(self, features: Tensor) -> Tensor:
+        """Return features (n, D) brought to scale; a dimension that never changed becomes zero."""
+        return (features.float() - self.shift) * self.factor
+
+
+def scale_of(statistics: FeatureStatistics) -> Scale:
+    """Return the scale that takes the training tiles to mean 0 and standard deviation 1."""
+    std = statistics.std
+    factor = np.where(std > _FEW, 1 / np.maximum(std, _FEW), 0.0)
+    return Scale(
+        shift=torch.from_numpy(statistics.mean).float(), factor=torch.from_numpy(factor).float()
+    )
