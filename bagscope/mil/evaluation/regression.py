@@ -97,7 +97,7 @@ def _checked(y: npt.ArrayLike, predicted: npt.ArrayLike) -> tuple[FloatArray, Fl
 def _sum(counts: FloatArray, values: FloatArray) -> FloatArray:
     """Sum values, (n,) or (r, n), under counts (r, n)."""
     if values.ndim == 1:
-        return np.asarray(counts @ values, dtype=np.float64)
+        return counts @ values
     summed: FloatArray = np.einsum("rn,rn->r", counts, values)
     return summed
 
@@ -110,11 +110,10 @@ def _spread(counts: FloatArray, values: FloatArray) -> FloatArray:
 
 
 def _correlation(counts: FloatArray, one: FloatArray, other: FloatArray) -> FloatArray:
-    common = _sum(counts, one * other) - _sum(counts, one) * _sum(counts, other) / counts.sum(
-        axis=1
-    )
-    values = common / np.sqrt(_spread(counts, one) * _spread(counts, other))
-    return np.clip(values, -1, 1)
+    means = _sum(counts, one) * _sum(counts, other) / counts.sum(axis=1)
+    spread = np.sqrt(_spread(counts, one) * _spread(counts, other))
+    values: FloatArray = np.clip((_sum(counts, one * other) - means) / spread, -1, 1)
+    return values
 
 
 def _centred_ranks(counts: FloatArray, rank: IntArray) -> FloatArray:
