@@ -30,10 +30,11 @@ def require_borders(cu_seqlens: Tensor, tiles: int) -> None:
         )
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != tiles or bool((cu_seqlens.diff() < 0).any()):
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != tiles or borders != sorted(borders):
         raise ValueError(
-            f"cu_seqlens runs from {first} to {last}; it must rise from 0 to the {tiles} tiles"
+            f"cu_seqlens runs from {borders[0]} to {borders[-1]}; "
+            f"it must rise from 0 to the {tiles} tiles"
         )
 
 

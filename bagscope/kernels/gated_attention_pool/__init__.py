@@ -294,11 +294,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _through(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    given = (*ctx.saved_tensors[:_TENSORS], *ctx.settings)
+    saved = ctx.saved_tensors
+    given = (*saved[:_TENSORS], *ctx.settings)
     needs_x = bool(ctx.needs_input_grad[0])
     found = iter(
         torch.ops.bagscope.gated_attention_pool_backward(
-            *given, *ctx.saved_tensors[_TENSORS:], *grads[:4], needs_x
+            *given, *saved[_TENSORS:], *grads[:4], needs_x
         )
     )
     learned = [

@@ -91,7 +91,6 @@ class Gates:
         self.product = like.new_empty(rows, self.width)
         if with_gradients:
             self.w_computing = self.w.to(like.dtype)
-            self.dz = torch.empty_like(self.z)
             self.dg = torch.empty_like(self.product)
             self.grad_weight = unwritten(self.weight, self.sums, rows)
             self.grad_bias = self.grad_weight.new_zeros(len(self.weight))
@@ -154,13 +153,15 @@ class Gates:
         dg = torch.mm(grad.to(z.dtype), self.w_computing, out=self.dg[:rows])
         if dropped is not None:
             dg.mul_(dropped)
-        dz = self.dz[:rows]
+        # Where the activations are not kept they lie in the same buffer, and each is read in the
+        # very pass that writes over it.
+        dz = self.z[:rows]
         before = dg
         if self.is_gated:
             second, product = z[:, width:], self.product[:rows]
             torch.mul(dg, z[:, :width], out=product)
-            torch.ops.aten.sigmoid_backward.grad_input(product, second, grad_input=dz[:, width:])
             before = dg.mul_(second)
+            torch.ops.aten.sigmoid_backward.grad_input(product, second, grad_input=dz[:, width:])
         first = z[:, :width]
         if self.settings.gate == "tanh":
             torch.ops.aten.tanh_backward.grad_input(before, first, grad_input=dz[:, :width])
