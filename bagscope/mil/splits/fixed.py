@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -98,9 +97,7 @@ def _row_problems(rows: Iterable[Row], key: str, known: set[str]) -> list[str]:
     for row in rows:
         name, word = row.cells[key].strip(), row.cells["split"].strip()
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"row {row.number}, column {key}: {name!r} is not in the cohort{hint}")
+            problems.append(f"row {row.number}, column {key}: {name!r} is not in the cohort")
         elif word and word.lower() not in WORDS:
             problems.append(f"row {row.number}, column split: {_unknown_word(word)}")
     return problems

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bagscope.cohort.table import Cohort, SlideRow
+from bagscope.features.feature_file import FeatureHeader, write_feature_file
+from bagscope.features.store import FeatureStore
 from bagscope.mil.cases import CaseTable, Per, cases_of
 from bagscope.mil.targets import TargetSpec
 
@@ -47,3 +51,20 @@ def graded(counts: Mapping[str, int], slides: int = 1, **more: str) -> list[dict
         for i in range(count)
         for j in range(slides)
     ]
+
+
+def store_vectors(folder: Path, slides: Mapping[str, np.ndarray]) -> FeatureStore:
+    """Write a feature file for each slide's vectors, and open their folder."""
+    for slide_id, features in slides.items():
+        header = FeatureHeader(
+            slide_id=slide_id,
+            fields={"stage": "import", "slide": slide_id},
+            encoder={"name": "planted"},
+            weights_sha256="ab" * 32,
+            coords_l0=None,
+            grid=None,
+            tile={},
+            recorded={},
+        )
+        write_feature_file(folder / f"{slide_id}.h5", header, features)
+    return FeatureStore.open(folder)
