@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bagscope.testing.aggregators import check_aggregator
     from bagscope.testing.encoders import check_encoder
 
-__all__ = ["check_encoder"]
+__all__ = ["check_aggregator", "check_encoder"]
 
-_HOMES = {"check_encoder": "encoders"}
+_HOMES = {"check_aggregator": "aggregators", "check_encoder": "encoders"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bagscope.errors import ConfigError
-from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
 from bagscope.kernels.topk_mask import topk_mask
 from bagscope.mil.aggregators.branches import Branched, GatedBranches, Mask
 from bagscope.mil.aggregators.gated_attention import GatedAttention
@@ -107,7 +106,7 @@ class ACMIL(Aggregator):
             score_kind="log_weight",
             branch_logits=self._branch_logits(found.each) if has_several else None,
             entropy=found.entropy,
-            losses={"diversity": diversity(found, bags.cu_seqlens)} if has_several else {},
+            losses={"diversity": found.diversity(bags.cu_seqlens)} if has_several else {},
         )
 
     def pooling_terms(self, bags: Bags) -> PoolingTerms | None:
@@ -160,24 +159,6 @@ def default_hidden(features: int) -> int:
     384 goes to 128, which is theirs too; others to a multiple of 8, for the heads.
     """
     return 128 if features == 384 else 8 * math.ceil(features / 16)
-
-
-def diversity(found: Branched, cu_seqlens: Tensor) -> Tensor:
-    """Return the mean cosine of two branches' attention over a bag: (B,), mean over heads too."""
-    branches, heads = found.scores.shape[1:]
-    weights = found.log_weights(cu_seqlens).exp()
-    products = []
-    for branch in range(branches):
-        # Σ_i a_i a'_i is what attention a pools of the column a'.
-        pooled = segment_softmax_pool(
-            found.scores[:, branch].contiguous(), weights.flatten(1), cu_seqlens
-        ).pooled
-        products.append(pooled.view(-1, heads, branches, heads).diagonal(dim1=1, dim2=3))
-    gram = torch.stack(products, 1)
-    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
-    cosines = gram.movedim(3, 1) / (norms[..., :, None] * norms[..., None, :])
-    first, second = torch.triu_indices(branches, branches, offset=1, device=cosines.device)
-    return cosines[..., first, second].mean((1, 2))
 
 
 def _branches_of(

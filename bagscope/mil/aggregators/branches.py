@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
@@ -36,6 +37,22 @@ class Branched(NamedTuple):
     def log_weights(self, cu_seqlens: Tensor) -> Tensor:
         """Return the logarithm of every branch's and head's attention: (T, M, H)."""
         return self.scores - self.lse[bag_of_tile(cu_seqlens, len(self.scores))]
+
+    def diversity(self, cu_seqlens: Tensor) -> Tensor:
+        """Return the mean cosine of two branches' attention: (B,), the mean over heads too."""
+        branches, heads = self.scores.shape[1:]
+        weights = self.log_weights(cu_seqlens).exp().flatten(1)
+        products = []
+        for scores in self.scores.unbind(1):
+            # Σ a a' is what attention a pools of the column a'.
+            pooled = segment_softmax_pool(scores.contiguous(), weights, cu_seqlens).pooled
+            pooled = pooled.view(-1, heads, branches, heads)
+            products.append(pooled.diagonal(dim1=1, dim2=3))
+        gram = torch.stack(products, 1).movedim(3, 1)
+        norms = gram.diagonal(dim1=2, dim2=3).sqrt()
+        cosines = gram / (norms[..., :, None] * norms[..., None, :])
+        first, second = torch.triu_indices(branches, branches, offset=1, device=gram.device)
+        return cosines[..., first, second].mean((1, 2))
 
 
 class GatedBranches(nn.Module):

@@ -103,5 +103,5 @@ class HeadScores(nn.Module):
         key = self.key.weight.view(branches, heads, width, hidden)
         weight = torch.einsum("mjw,mjwd->mjd", asked, key).flatten(0, 1)
         bias = (asked * self.key.bias.view(self.shape)).sum(-1).flatten()
-        scores = functional.linear(h, weight.to(h.dtype)).to(weight.dtype)
-        return scores + bias
+        scores: Tensor = functional.linear(h, weight.to(h.dtype)).to(weight.dtype) + bias
+        return scores

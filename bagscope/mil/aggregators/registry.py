@@ -39,7 +39,9 @@ class Aggregator(nn.Module):
         return None
 
     if TYPE_CHECKING:
-        __call__: Callable[[Bags], BagOutput]
+
+        def __call__(self, bags: Bags) -> BagOutput:
+            """Return what `forward` returns."""
 
 
 AggregatorT = TypeVar("AggregatorT", bound=type[Aggregator])

@@ -220,11 +220,11 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         if name.startswith("weights/")
     }
     ours = model.state_dict()
-    with pytest.raises(ConfigError, match="no original 'clam_sb' .did you mean 'clam-sb'"):
+    with pytest.raises(ConfigError, match=r"no original 'clam_sb' .did you mean 'clam-sb'"):
         from_original("clam_sb", weights, ours)
-    with pytest.raises(ConfigError, match="strange.weight has no place in aggregator clam_sb"):
+    with pytest.raises(ConfigError, match=r"strange\.weight has no place in aggregator clam_sb"):
         from_original("clam-sb", {**weights, "strange.weight": torch.zeros(1)}, ours)
-    with pytest.raises(ConfigError, match="unmatched are attention.projection.bias"):
+    with pytest.raises(ConfigError, match=r"unmatched are attention\.projection\.bias"):
         from_original("clam-sb", without(weights, "attention_net.0.bias"), ours)
     wide = build_aggregator("clam_sb", 32, 2, {"hidden": 64, "attention": 16}).state_dict()
     with pytest.raises(ConfigError, match=r"attention.v.bias is \(32,\), and ours is \(16,"):
