@@ -10,7 +10,7 @@ risk     = -Σ_k S_k, higher is worse
 
 All of it is made of log h_k = logsigmoid(z_k) and log(1 - h_k) = logsigmoid(-z_k), so nothing
 overflows; log(1 - S_Y) is the log-sum-exp over k ≤ Y of log S_{k-1} + log h_k. The originals clamp
-h and S from below at 1e-7, and for ce_surv only S, which ends in inf or NaN once S_Y rounds to 1.
+h and S from below at 1e-7; of ce_surv only S_Y, which ends in inf or NaN once it rounds to 1.
 """
 
 from __future__ import annotations
@@ -114,12 +114,24 @@ def discrete_time_nll(
     return observed - (1 - alpha) * (1 - event) * log_after
 
 
-def discrete_time_ce(logits: Tensor, bins: Tensor, event: Tensor, *, alpha: float = 0.0) -> Tensor:
+def discrete_time_ce(
+    logits: Tensor,
+    bins: Tensor,
+    event: Tensor,
+    *,
+    alpha: float = 0.0,
+    clamp: float | None = None,
+) -> Tensor:
     """Return the cross-entropy (B,) of being dead or alive at the end of bin Y.
 
-    Arguments as of `discrete_time_nll`.
+    Arguments as of `discrete_time_nll`, but for `clamp`: the original takes it as the smallest
+    S_Y, and in the observed part adds it to the hazard and the survival.
     """
     log_hazard, log_before, log_after = _at_bin(logits, bins)
+    if clamp is not None:
+        floor = log_after.new_tensor(math.log(clamp))
+        log_hazard, log_before = log_hazard.logaddexp(floor), log_before.logaddexp(floor)
+        log_after = log_after.clamp(min=floor)
     steps = functional.logsigmoid(logits) + _log_survival_before(logits)
     seen = torch.arange(logits.shape[1], device=logits.device) <= bins[:, None]
     log_dead = steps.masked_fill(~seen, -torch.inf).logsumexp(1)
@@ -137,7 +149,7 @@ def bin_edges(times: Array, event: Array, bins: int) -> Array:
         event: (n,) 1 for an event, 0 for a censored time; at least one event.
         bins: number of bins.
     """
-    edges = np.quantile(times[event == 1], np.linspace(0, 1, bins + 1))
+    edges: Array = np.quantile(times[event == 1], np.linspace(0, 1, bins + 1))
     edges[0] = times.min() - STRETCH
     edges[-1] = times.max() + STRETCH
     return edges

@@ -54,9 +54,10 @@ class Losses:
 
     Attributes:
         total: scalar, to be differentiated.
-        terms: (B,) by name, unreduced, before weights, zero where a bag takes no part: "bag", with
-            several targets also "bag/<target>", and one entry per auxiliary. With labels missing,
-            "bag" holds each target's part scaled so that its mean is the sum of the targets' means.
+        terms: (B,) by name for reports, unreduced, before weights, without a graph, zero where a
+            bag takes no part: "bag", with several targets also "bag/<target>", and one entry per
+            auxiliary. With labels missing, "bag" holds each target's part scaled so that its mean
+            is the sum of the targets' means.
         present: (B,) bool by name, which bags take part; reports average over these.
         weights: by name, what each term's mean is multiplied by in the total; 0 for "bag/…".
     """
@@ -153,7 +154,10 @@ class FittedObjective(Spec):
             if weights[name] or name == "bag"
         ]
         return Losses(
-            total=torch.stack(weighted).sum(), terms=terms, present=present, weights=weights
+            total=torch.stack(weighted).sum(),
+            terms={name: term.detach() for name, term in terms.items()},
+            present=present,
+            weights=weights,
         )
 
     def validation_loss(self, logits: Tensor, targets: Mapping[str, Tensor]) -> float:
