@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bagscope.mil.evaluation.inputs import FloatArray, IntArray, Value, check_level
+from bagscope.mil.evaluation.inputs import FloatArray, IntArray, Value, check_level, or_none
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -63,9 +63,9 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """Return the fields, with None for NaN."""
         return {
-            "value": _or_none(self.value),
-            "low": _or_none(self.low),
-            "high": _or_none(self.high),
+            "value": or_none(self.value),
+            "low": or_none(self.low),
+            "high": or_none(self.high),
             "level": self.level,
             "resamples": self.resamples,
             "undefined": self.undefined,
@@ -248,7 +248,3 @@ def _strata(member: IntArray, strata: npt.ArrayLike) -> IntArray:
 
 def _by_stratum(stratum: IntArray) -> list[IntArray]:
     return [np.flatnonzero(stratum == k) for k in range(int(stratum.max()) + 1)]
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

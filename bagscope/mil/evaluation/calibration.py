@@ -20,6 +20,7 @@ from bagscope.mil.evaluation.inputs import (
     FloatArray,
     as_classes,
     as_finite,
+    as_numbers,
     as_outcome,
     as_probability,
 )
@@ -95,7 +96,8 @@ class Threshold:
     """The probability from which on a case is called positive.
 
     Attributes:
-        value: call `probability >= value`. Halfway between two cases' probabilities.
+        value: call `probability >= value`. Halfway between the probabilities of two cases; 0 calls
+            everybody, and one above all of them nobody.
         rule: how it was chosen.
         target: the sensitivity or specificity asked for; None for Youden's.
         sensitivity: on the cases that it was chosen on, and so on the bright side.
@@ -351,7 +353,7 @@ def _difference(logits: FloatArray) -> FloatArray:
 
 
 def _as_logits(logits: npt.ArrayLike) -> FloatArray:
-    array = np.asarray(logits, dtype=np.float64)
+    array = as_numbers(logits, "logits")
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
         raise ValueError(f"logits have shape {array.shape}; give (cases, classes), two or more")
     as_finite(array.ravel(), "logits")

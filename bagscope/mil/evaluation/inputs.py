@@ -9,6 +9,7 @@ lack a class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -64,7 +65,7 @@ def as_counts(weights: npt.ArrayLike | None, *, rows: int) -> FloatArray:
     Raises:
         ValueError: on another shape, or a negative or not finite count.
     """
-    counts = np.ones(rows) if weights is None else np.asarray(weights, dtype=np.float64)
+    counts = np.ones(rows) if weights is None else as_numbers(weights, "weights")
     if counts.ndim not in (1, 2) or counts.shape[-1] != rows or counts.size == 0:
         raise ValueError(
             f"weights have shape {counts.shape}; give ({rows},) or (resamples, {rows}), as there "
@@ -75,13 +76,30 @@ def as_counts(weights: npt.ArrayLike | None, *, rows: int) -> FloatArray:
     return counts
 
 
+def as_numbers(values: npt.ArrayLike, name: str) -> FloatArray:
+    """Return an array of any shape as float64.
+
+    Raises:
+        ValueError: if it is ragged, or holds what is no number.
+    """
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no table of numbers ({error}); give numbers alone") from error
+
+
+def or_none(value: float) -> float | None:
+    """Return the value, or None for NaN, which JSON does not know."""
+    return None if math.isnan(value) else value
+
+
 def as_finite(values: npt.ArrayLike, name: str, *, rows: int | None = None) -> FloatArray:
     """Return (n,) finite numbers as float64.
 
     Raises:
         ValueError: if they are empty, of another shape, as many as `rows` says not, or not finite.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = as_numbers(values, name)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}; give one value for each case")
     if rows is not None and len(array) != rows:
@@ -133,21 +151,17 @@ def as_probability(
     return np.clip(array, 0, 1)
 
 
-def as_distribution(
-    values: npt.ArrayLike, name: str = "p", *, rows: int | None = None
-) -> FloatArray:
+def as_distribution(values: npt.ArrayLike, name: str = "p") -> FloatArray:
     """Return (n, C) probabilities of C ≥ 2 classes as float64.
 
     Raises:
         ValueError: on another shape, a value outside [0, 1], or a row that does not sum to 1.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = as_numbers(values, name)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] < 2:
         raise ValueError(
             f"{name} has shape {array.shape}; give (cases, classes) with at least two classes"
         )
-    if rows is not None and len(array) != rows:
-        raise ValueError(f"{name} has {len(array)} rows for {rows} cases; give one for each")
     wrong = _outside(array)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

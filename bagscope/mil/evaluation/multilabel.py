@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from bagscope.mil.evaluation.inputs import FloatArray, Value, as_counts, over_resamples
+from bagscope.mil.evaluation.inputs import FloatArray, Value, as_counts, as_numbers, over_resamples
 from bagscope.mil.evaluation.ranking import mean_of_defined
 
 BinaryMetric = Callable[[npt.ArrayLike, npt.ArrayLike, npt.ArrayLike], Value]
@@ -64,8 +64,8 @@ def macro(
 
 
 def _checked(outcomes: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
-    truth = np.asarray(outcomes, dtype=np.float64)
-    given = np.asarray(scores, dtype=np.float64)
+    truth = as_numbers(outcomes, "outcomes")
+    given = as_numbers(scores, "scores")
     if truth.ndim != 2 or truth.size == 0 or truth.shape != given.shape:
         raise ValueError(
             f"outcomes have shape {truth.shape} and scores {given.shape}; give (cases, labels) for "

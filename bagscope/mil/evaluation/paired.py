@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,14 @@ from bagscope.mil.evaluation.bootstrap import (
     draws,
     percentile_ends,
 )
-from bagscope.mil.evaluation.inputs import FloatArray, as_finite, as_outcome, check_level
+from bagscope.mil.evaluation.inputs import (
+    FloatArray,
+    as_finite,
+    as_numbers,
+    as_outcome,
+    check_level,
+    or_none,
+)
 
 Method = Literal["DeLong", "paired bootstrap", "corrected resampled t"]
 
@@ -53,6 +60,11 @@ class Comparison:
     resamples: int = 0
     undefined: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, with None for NaN."""
+        fields = asdict(self)
+        return {k: or_none(v) if isinstance(v, float) else v for k, v in fields.items()}
+
 
 def delong_interval(
     outcome: npt.ArrayLike, score: npt.ArrayLike, *, level: float = LEVEL
@@ -62,7 +74,7 @@ def delong_interval(
     For one case per patient, at least two of each outcome. An AUROC of exactly 1 has no width;
     the bootstrap has none there either.
     """
-    areas, covariance = delong_covariance(outcome, np.asarray(score, dtype=np.float64)[None])
+    areas, covariance = delong_covariance(outcome, as_finite(score, "score")[None])
     reach = _z(level) * math.sqrt(covariance[0, 0])
     area = float(areas[0])
     return Estimate(
@@ -239,7 +251,7 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
 
     NaN stays NaN and is not counted among the m.
     """
-    given = np.asarray(p_values, dtype=np.float64)
+    given = as_numbers(p_values, "p_values")
     known = ~np.isnan(given)
     if given.ndim != 1 or ((given[known] < 0) | (given[known] > 1)).any():
         raise ValueError(f"p-values are {given.tolist()}; give a list of values from 0 to 1")

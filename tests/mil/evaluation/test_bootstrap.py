@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import json
+from time import process_time
 
 import numpy as np
 import pytest
 
-from bagscope.mil.evaluation import bootstrap, ranking, regression
+from bagscope.mil.evaluation import (
+    bootstrap,
+    decisions,
+    probabilities,
+    ranking,
+    regression,
+    survival,
+)
 
 
 def whole(groups, **options):
@@ -137,6 +145,33 @@ def test_one_patient_has_a_value_and_no_interval():
     found = bootstrap.interval(mean_of(np.arange(4.0)), ["a"] * 4, resamples=10)
     assert found.value == 1.5
     assert np.isnan([found.low, found.high]).all()
+
+
+@pytest.mark.slow
+def test_a_whole_table_takes_seconds():
+    random = np.random.default_rng(0)
+    y = random.integers(0, 4, 1000)
+    p = random.dirichlet(np.ones(4), 1000)
+    guess = decisions.decide(p)
+    time, event, risk = random.exponential(size=1000), y > 1, random.normal(size=1000)
+    table = {
+        "auroc": lambda counts: ranking.auroc(y, p, counts),
+        "auprc": lambda counts: ranking.auprc(y, p, counts),
+        "accuracy": lambda counts: decisions.accuracy(y, guess, counts),
+        "balanced": lambda counts: decisions.balanced_accuracy(y, guess, counts),
+        "f1": lambda counts: decisions.macro_f1(y, guess, counts),
+        "kappa": lambda counts: decisions.quadratic_kappa(y, guess, counts),
+        "brier": lambda counts: probabilities.brier(y, p, counts),
+        "ece": lambda counts: probabilities.ece(y, p, counts, binning="mass"),
+        "concordance": lambda counts: survival.concordance(time, event, risk, counts),
+        "auc_at": lambda counts: survival.auc_at(time, event, risk, counts, at=1.0),
+        "spearman": lambda counts: regression.spearman(time, risk, counts),
+    }
+    started = process_time()
+    found = bootstrap.intervals(table, random.integers(0, 700, 1000))
+    # About 8 s of work; a loop over resamples would take many minutes.
+    assert process_time() - started < 60
+    assert all(one.low < one.value < one.high for one in found.values())
 
 
 def coverage(intervals, truth):

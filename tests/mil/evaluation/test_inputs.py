@@ -215,6 +215,9 @@ def record_of_use(metric) -> set[str]:
         ([0, 1], [0.5, 0.5], "p has shape"),
         ([0, 1], [[1.0], [1.0]], "at least two classes"),
         ([0, 1, 1], [[0.5, 0.5], [0.5, 0.5]], "y has 3 values for 2 cases"),
+        (["a", "b"], [[0.5, 0.5], [0.5, 0.5]], "y is no table of numbers"),
+        ([0, 1], [[0.5, 0.5], [1.0]], "p is no table of numbers"),
+        ([0, 1], [[0.5, np.nan], [0.5, 0.5]], "p holds nan for class 1 at position 0"),
     ],
 )
 def test_labels_and_probabilities_that_are_none_are_named(y, p, message):

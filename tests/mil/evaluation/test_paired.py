@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -184,6 +186,9 @@ def test_undefined_differences_are_counted():
     assert found.difference == -1
     assert found.undefined > 50
     assert np.isnan([found.low, found.high, found.p_value]).all()
+    record = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert (record["difference"], record["low"], record["p_value"]) == (-1, None, None)
+    assert (record["method"], record["undefined"]) == ("paired bootstrap", found.undefined)
     one = paired.paired_bootstrap(
         error_of(np.ones(3)), error_of(np.ones(3)), ["a", "a", "a"], resamples=10
     )
