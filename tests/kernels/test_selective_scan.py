@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bagscope.kernels.causal_conv1d import causal_conv1d
-from bagscope.kernels.selective_scan import cpu, selective_scan, selective_scan_reference
+from bagscope.kernels.selective_scan import (
+    cpu,
+    selective_scan,
+    selective_scan_reference,
+    spans,
+)
 from bagscope.kernels.selective_scan.lanes import lay_lanes
 from tests.kernels.packed import (
     LONG_BESIDE_SHORT,
@@ -71,6 +76,42 @@ def test_chunks_of_any_size(elements: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", elements)
     compare(problem(sum(RAGGED)), settings(RAGGED, True, False))
     compare(problem(60), settings((3,) * 20, False, True))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(spans, "_LEAST_ELEMENTS", 8)
+    try:
+        torch.set_num_threads(threads)
+        cu_seqlens = borders(RAGGED)
+        assert len(spans.spans_of(6, 4)) == threads
+        compare(problem(sum(RAGGED)), settings(RAGGED, True, True))
+        with torch.inference_mode():
+            assert selective_scan(*problem(sum(RAGGED)).values(), True, cu_seqlens).isfinite().all()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_lists_the_steps_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, options = problem(100), settings((100,), False, False)
+    first = gradients(selective_scan, inputs, **options)
+    assert spans._lists_go_in_turn()
+    monkeypatch.setattr(spans, "_lists_go_in_turn", lambda: False)
+    second = gradients(selective_scan, inputs, **options)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_failure_in_a_thread_comes_out_and_settings_stay() -> None:
+    before = torch.get_num_threads()
+
+    def fail(index: int, _: slice) -> None:
+        raise ArithmeticError(f"span {index}")
+
+    with pytest.raises(ArithmeticError, match="span 0"):
+        spans.over_spans(fail, [slice(0, 1), slice(1, 2)])
+    assert torch.get_num_threads() == before
 
 
 def test_a_long_bag_beside_short_ones() -> None:

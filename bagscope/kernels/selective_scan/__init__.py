@@ -10,7 +10,7 @@ Shapes: T rows of all bags, D channels, N states. `reverse` runs each bag from i
 first; `order` runs through the rows in another order, as SR-Mamba does, and puts the results back.
 
 Memory: beside inputs and outputs, the state at every chunk's border and, with a gate, the ungated
-output: 4·D·N / (rows per chunk) + 4·D bytes per row (8 KiB at D = 1,024 and N = 16 on the CPU). The
+output: 4·D·N / (rows per chunk) + 4·D bytes per row (6 KiB at D = 1,024 and N = 16 on the CPU). The
 rest of the T × D × N states exist a chunk at a time and are computed again in the backward pass.
 """
 
@@ -129,8 +129,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     require_order(order, cu_seqlens, len(u))
     way = _way(u, A)
     if way in ("reference", "cpu"):
-        with dispatch.own_arithmetic():
-            return cpu.forward(*inputs)
+        return cpu.forward(*inputs)
     from bagscope.kernels.selective_scan import triton
 
     return triton.forward(*inputs)
@@ -153,8 +152,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(dout: Tensor, ungated: Tensor, states: Tensor, *inputs: Any) -> list[Tensor]:
     way = _way(inputs[0], inputs[2])
     if way in ("reference", "cpu"):
-        with dispatch.own_arithmetic():
-            return list(cpu.backward(dout, ungated, states, *inputs))
+        return list(cpu.backward(dout, ungated, states, *inputs))
     from bagscope.kernels.selective_scan import triton
 
     return list(triton.backward(dout, ungated, states, *inputs))

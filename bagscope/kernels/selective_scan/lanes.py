@@ -31,11 +31,75 @@ class Lanes:
         rows: (steps, lanes) int64, the row of u at that position; idle positions name row 0.
         idle: (steps, lanes) bool, or None where no position is idle.
         starts: (steps, lanes) bool, whether a bag begins there.
+        is_straight: whether the rows come one after the other, in one lane.
     """
 
     rows: Tensor
     idle: Tensor | None
     starts: Tensor
+    is_straight: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The rows of a few chunks, each some steps of all lanes; R positions in all.
+
+    Attributes:
+        rows: (R,) int64, or a slice where the rows come one after the other.
+        idle: (R,) bool, or None where no position is idle.
+        starts: per chunk, (positions,) bool, or None where no bag begins.
+        carries: per chunk, None where all lanes carry their state on in every step; otherwise per
+            step which do, (lanes, 1, 1) bool, True for all, False for none. At a bag's start the
+            state is left out rather than multiplied by zero: zero times NaN is NaN.
+    """
+
+    rows: slice | Tensor
+    idle: Tensor | None
+    starts: list[Tensor | None]
+    carries: list[list[Tensor | bool] | None]
+
+    def put(self, target: Tensor, values: Tensor) -> None:
+        """Write one line per position to where its row is, leaving idle ones out."""
+        if isinstance(self.rows, slice):
+            target[self.rows] = values
+            return
+        rows = self.rows
+        if self.idle is not None:
+            rows, values = rows[~self.idle], values[~self.idle]
+        target.index_copy_(0, rows, values.to(target.dtype))
+
+
+def cut_blocks(lanes: Lanes, steps: int, chunks: int) -> list[Block]:
+    """Cut the lanes into blocks of so many chunks of so many steps.
+
+    The last block may have fewer rows; what its last chunk says of starts covers a whole chunk.
+    """
+    length, side = lanes.rows.shape
+    beyond = torch.zeros(-length % steps, side, dtype=torch.bool)
+    starts = torch.cat([lanes.starts, beyond])
+    some, every = starts.any(1).tolist(), starts.all(1).tolist()
+    blocks = []
+    for first in range(0, length, steps * chunks):
+        part = slice(first, min(first + steps * chunks, length))
+        idle = None if lanes.idle is None else lanes.idle[part].flatten()
+        block = Block(
+            rows=part if lanes.is_straight else lanes.rows[part].flatten(),
+            idle=idle if idle is not None and bool(idle.any()) else None,
+            starts=[],
+            carries=[],
+        )
+        for begin in range(part.start, part.stop, steps):
+            inside = range(begin, begin + steps)
+            if not any(some[begin : begin + steps]):
+                block.starts.append(None)
+                block.carries.append(None)
+                continue
+            block.starts.append(starts[begin : begin + steps].flatten())
+            block.carries.append(
+                [(not every[t] and ~starts[t][:, None, None]) if some[t] else True for t in inside]
+            )
+        blocks.append(block)
+    return blocks
 
 
 def lay_lanes(
@@ -64,14 +128,17 @@ def lay_lanes(
         idle = torch.ones(steps * lanes, dtype=torch.bool)
         idle[at] = False
         idle = idle.view(steps, lanes)
-    return Lanes(rows.view(steps, lanes), idle, starts.view(steps, lanes))
+    is_straight = lanes == 1 and order is None and not reverse
+    return Lanes(rows.view(steps, lanes), idle, starts.view(steps, lanes), is_straight)
 
 
 def _pack(lengths: list[int], lanes: int) -> tuple[list[int], list[int], int]:
     """Return each bag's lane and its first step there, and the steps of the fullest lane."""
     lane, offset = [0] * len(lengths), [0] * len(lengths)
     loads = [(0, w) for w in range(lanes)]
-    for bag in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+    # One lane takes the bags as they come, so that it may read row after row.
+    bags = range(len(lengths))
+    for bag in bags if lanes == 1 else sorted(bags, key=lambda b: -lengths[b]):
         load, w = heapq.heappop(loads)
         lane[bag], offset[bag] = w, load
         heapq.heappush(loads, (load + lengths[bag], w))
