@@ -100,6 +100,7 @@ class Trainer:
         device: str = "cpu",
         folder: Path | None = None,
         fingerprint: str = "",
+        stop_after: int | None = None,
         on_epoch: Callable[[Epoch], None] = lambda _: None,
     ) -> None:
         """Prepare a training.
@@ -113,6 +114,8 @@ class Trainer:
             device: "cpu", "cuda", ...
             folder: where the state is kept, so that a killed training goes on; nowhere if None.
             fingerprint: of all that the training depends on; a state of another one is refused.
+            stop_after: epochs after which training ends, on the recipe's learning rates for all of
+                its epochs; all of them if None.
             on_epoch: is told of every epoch.
 
         Raises:
@@ -128,6 +131,7 @@ class Trainer:
         self._fingerprint = fingerprint
         self._on_epoch = on_epoch
         spec = recipe.training
+        self._epochs = spec.epochs if stop_after is None else min(stop_after, spec.epochs)
         if spec.precision == "float16" and self._device.type == "cpu":
             raise ConfigError("precision is float16, which CPUs do not multiply; use float32")
         self.statistics = statistics_of(train)
@@ -160,9 +164,8 @@ class Trainer:
         Raises:
             TrainingError: the loss is no number.
         """
-        spec = self.recipe.training
         self._resume()
-        while len(self._history) < spec.epochs and not self._is_over():
+        while len(self._history) < self._epochs and not self._is_over():
             epoch = self._one_epoch(len(self._history))
             self._history.append(epoch)
             self._after_epoch(epoch)
