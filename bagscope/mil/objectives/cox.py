@@ -5,8 +5,8 @@
 n counts all labelled bags of the batch, also the censored ones. The sum over j runs over the bags
 of the same batch that were still at risk, so the batch is what the loss means something in: a bag
 alone gives 0 whatever its logit is, and so does a batch without an event. Meaningful are batches of
-many bags drawn at random, with several events and bags that outlive them; sixteen is about the
-least. Adding up the gradients of small batches is not the same as a large one.
+many bags drawn at random, with several events and bags that outlive them. Adding up the gradients
+of small batches is not the same as a large one.
 """
 
 from __future__ import annotations

@@ -57,6 +57,15 @@ def test_gradients_are_right_with_ties_and_missing_labels() -> None:
     assert torch.autograd.gradcheck(lambda z: cox_loss(z, time, event, present), normal(6))
 
 
+def test_a_missing_label_is_at_risk_of_nothing_not_even_at_time_zero() -> None:
+    rows = {"os": np.array([[0.0, 1.0], [np.nan, np.nan], [2.0, 0.0]])}
+    objective, logits = fitted([SURVIVAL], ROWS, survival="cox"), normal(3, 1)
+    kept = [0, 2]
+    alone = per_bag(objective, logits[kept], {"os": rows["os"][kept]})
+    assert alone[0] > 0
+    assert torch.equal(per_bag(objective, logits, rows)[kept], alone)
+
+
 def test_laying_out_fewer_risk_sets_at_once_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

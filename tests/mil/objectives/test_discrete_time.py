@@ -48,6 +48,7 @@ def test_bins_are_the_recorded_ones() -> None:
     times = found["input/times"].double().numpy()
     edges = bin_edges(times, 1 - found["input/censored"].numpy(), meta["config"]["bins"])
     np.testing.assert_allclose(edges, found["output/edges"].numpy(), rtol=1e-6)
+    assert edges[0] < times.min() and edges[-1] > times.max()
     recorded, ours = found["output/bin"].numpy(), time_bins(times, edges)
     # The original loses the last time: in its float32 the last edge is that time, and not beyond.
     lost = recorded < 0
