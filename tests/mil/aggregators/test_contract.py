@@ -27,9 +27,8 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
 """Options beside the defaults, with a narrow projection, so that it is quick."""
 
 
-def test_every_aggregator_is_here() -> None:
-    assert set(BUILT_IN) <= set(aggregator_names())
-    assert set(KINDS) == set(BUILT_IN)
+def test_every_kind_is_of_a_registered_one() -> None:
+    assert set(KINDS) <= set(BUILT_IN) <= set(aggregator_names())
 
 
 @pytest.mark.parametrize("name", aggregator_names())
