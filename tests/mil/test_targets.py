@@ -148,4 +148,4 @@ def test_options_that_belong_elsewhere_are_refused() -> None:
     )
     assert "the task is ordinal" in spec_refusal(column="y", task="ordinal", positive="1")
     assert "there are 3" in spec_refusal(column="y", classes=["a", "b", "c"], positive="a")
-    assert "did you mean 'column'" in spec_refusal(colum="y")
+    assert "did you mean 'column'" in spec_refusal(columm="y")

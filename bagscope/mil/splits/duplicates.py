@@ -25,7 +25,7 @@ BLANK_REPEATS = 3
 LEAST_ROWS = 5
 """Fewer equal rows than that are chance, unless they are `LEAST_SHARE` of the smaller slide."""
 LEAST_SHARE = 0.5
-_BLOCK_BYTES = 1 << 21
+_BLOCK_BYTES = 1 << 18
 _PART_ROWS = 1 << 22
 
 Hashes = NDArray[np.uint64]

@@ -20,7 +20,9 @@ def vectors(seed: int, rows: int, dimension: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float16)
 
 
-def found(folder: Path, slides: Vectors, patient_of: Mapping[str, str] | None = None):
+def found(
+    folder: Path, slides: Mapping[str, np.ndarray], patient_of: Mapping[str, str] | None = None
+):
     store = store_vectors(folder, slides)
     return shared_tiles(store, patient_of or {name: f"p-{name}" for name in slides})
 
@@ -121,7 +123,7 @@ def test_memory_is_that_of_the_hashes(tmp_path: Path) -> None:
     shared_tiles(store, {name: name for name in slides})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # The rows hold 41 MB; a few blocks of 2 MiB and some arrays of 8 bytes a row are kept.
+    # The rows hold 41 MB; a few blocks of 256 KiB and some arrays of 8 bytes a row are kept.
     assert peak < 15e6
 
 
