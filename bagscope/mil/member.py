@@ -23,6 +23,7 @@ from bagscope.errors import SchemaError, first_line
 from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
 from bagscope.mil.inference import Inferred, infer
 from bagscope.mil.objectives.fitted import FittedObjective
+from bagscope.mil.ood import OodReference
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.sources import BagSource
 from bagscope.mil.statistics import FeatureStatistics, Scale, scale_of
@@ -33,7 +34,7 @@ from bagscope.specs import parse_spec
 WEIGHTS_NAME = "member.safetensors"
 FACTS_NAME = "member.json"
 SCHEMA_VERSION = 1
-_MODEL, _STATISTICS = "model.", "statistics."
+_MODEL, _STATISTICS, _OOD = "model.", "statistics.", "ood."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,7 @@ class Member:
 
     Attributes:
         statistics: of the training features.
+        ood: what is usual among the training bags; None where nobody looked.
         temperatures: by target, where the inner validation part was large enough.
         uncalibrated: why a target has no temperature.
         thresholds: of the last of two classes, by target.
@@ -56,6 +58,7 @@ class Member:
     objective: FittedObjective
     weights: Weights
     statistics: FeatureStatistics
+    ood: OodReference | None = None
     temperatures: Mapping[str, float] = field(default_factory=dict)
     uncalibrated: Mapping[str, str] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -105,6 +108,10 @@ def save_member(member: Member, folder: Path) -> str:
         tensors = {
             **{f"{_MODEL}{name}": tensor for name, tensor in member.weights.items()},
             **{f"{_STATISTICS}{name}": t for name, t in member.statistics.tensors().items()},
+            **{
+                f"{_OOD}{name}": t
+                for name, t in (member.ood.tensors() if member.ood else {}).items()
+            },
         }
         kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(kept, temporary)
@@ -166,12 +173,14 @@ def load_member(folder: Path) -> Member:
     except Exception as error:  # the library's own error is not part of its interface
         raise SchemaError(f"{path}: can't be read ({first_line(error)}); train it anew") from error
     where = str(folder / FACTS_NAME)
+    usual = _under(_OOD, tensors)
     return Member(
         recipe=parse_spec(TrainSpec, facts["recipe"], where=where),
         targets=_targets(facts["targets"], where),
         objective=FittedObjective.from_json(facts["objective"]),
         weights=_under(_MODEL, tensors),
         statistics=FeatureStatistics.of_tensors(_under(_STATISTICS, tensors)),
+        ood=OodReference.of_tensors(usual) if usual else None,
         temperatures=facts["temperatures"],
         uncalibrated=facts["uncalibrated"],
         thresholds=facts["thresholds"],
