@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bagscope.errors import ArtifactError
 from bagscope.mil.sources import BagSource
 
 _FEW = 1e-12
@@ -45,12 +46,21 @@ class FeatureStatistics:
 
 
 def statistics_of(source: BagSource) -> FeatureStatistics:
-    """Return the statistics of a source's bags; reads each once."""
+    """Return the statistics of a source's bags; reads each once.
+
+    Raises:
+        ArtifactError: features that are no numbers; names the case.
+    """
     width = source.dimension
     count, mean, spread = 0, np.zeros(width), np.zeros(width)
     bag_means = np.empty((len(source.cases), width))
     for place in range(len(source.cases)):
         tiles = source.read(place).features.astype(np.float64)
+        if not np.isfinite(tiles).all():
+            raise ArtifactError(
+                f"{source.cases[place].case_id}: {int((~np.isfinite(tiles)).any(axis=1).sum())} of "
+                f"{len(tiles)} tiles have features that are no finite numbers; extract them anew"
+            )
         here = tiles.mean(axis=0)
         bag_means[place] = here
         # Means and sums of squares are joined bag by bag: nothing cancels, nothing is kept.
