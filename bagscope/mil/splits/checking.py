@@ -6,8 +6,9 @@ something to know.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bagscope.mil.cases import CaseTable, listed
@@ -15,6 +16,7 @@ from bagscope.mil.splits.plan import SIDES, Side, Split, SplitPlan, labels_finge
 from bagscope.mil.splits.strata import Patient, needed_classes, patients_of
 from bagscope.mil.targets import TargetSpec
 
+_SEPARATORS = re.compile(r"[\s_.\-]+")
 _TESTS_EVERY_CASE_ONCE = ("kfold", "site_out", "site_preserving")
 
 
@@ -59,6 +61,7 @@ def examine_splits(plan: SplitPlan, table: CaseTable | None) -> SplitFindings:
     patient_of = dict(plan.patient_of)
     if table is not None:
         patient_of |= {case.case_id: case.patient_id for case in table.cases}
+    notes += _alike(patient_of.values())
     patients = [] if table is None else patients_of(table)
     for split in plan.splits:
         faults += _case_faults(split, patient_of)
@@ -68,6 +71,19 @@ def examine_splits(plan: SplitPlan, table: CaseTable | None) -> SplitFindings:
             faults += _side_faults(plan, split, patients, target, notes)
     faults += _round_faults(plan)
     return SplitFindings(faults=tuple(faults), notes=tuple(notes))
+
+
+def _alike(patient_ids: Iterable[str]) -> list[str]:
+    """Return a note per group of patients whose ids a person would read as one."""
+    groups: dict[str, list[str]] = {}
+    for patient_id in sorted(set(patient_ids)):
+        groups.setdefault(_SEPARATORS.sub("-", patient_id.casefold()), []).append(patient_id)
+    return [
+        f"patients {' and '.join(map(repr, names))} are taken as different; if they are one, "
+        "write the id in one way"
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def _identity_faults(plan: SplitPlan, table: CaseTable) -> list[str]:

@@ -126,6 +126,16 @@ def test_labels_that_changed_since_are_a_note() -> None:
     assert any("changed since" in note for note in found.notes)
 
 
+def test_patients_that_may_be_one_are_a_note() -> None:
+    named = {"a0": "P-01", "a1": "p_01", "a2": "P011", "a3": "P0-11"}
+    rows = [{**row, "patient_id": named.get(row["patient_id"], row["patient_id"])} for row in ROWS]
+    plan = make_splits(table_of(rows), SplitSpec(folds=3))
+    assert [note for note in plan.notes if "taken as different" in note] == [
+        "patients 'P-01' and 'p_01' are taken as different; if they are one, write the id in one "
+        "way"
+    ]
+
+
 def test_survival_needs_an_event_on_both_sides() -> None:
     rows = [{"slide_id": f"s{i}", "days": str(i), "died": str(int(i < 10))} for i in range(20)]
     table = table_of(rows, TargetSpec(task="survival", time="days", event="died"))
