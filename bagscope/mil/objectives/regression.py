@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -61,8 +60,6 @@ class RegressionCriterion(Criterion):
     def loss(self, logits: Tensor, labels: Tensor, present: Tensor) -> Tensor:
         """Return the loss (B,) of logits (B, 1)."""
         wanted = ((labels[:, 0] - self.location) / self.scale).to(logits.dtype)
-        # A missing label is a zero, which may lie so far off that its square is no number.
-        wanted = torch.where(present, wanted, 0.0)
         found = logits[:, 0]
         if self.form == "mse":
             return functional.mse_loss(found, wanted, reduction="none")

@@ -139,6 +139,19 @@ def test_a_batch_without_a_label_gives_zero_with_a_zero_gradient() -> None:
         assert math.isnan(objective.validation_loss(logits, tensors(nothing)))
 
 
+@pytest.mark.parametrize("form", ["nll", "cox"])
+def test_validation_is_over_the_labelled_cases(form: str) -> None:
+    objective, logits = OBJECTIVES[form], normal(40, OBJECTIVES[form].outputs)
+    holed = {name: values.copy() for name, values in ROWS.items()}
+    expected = 0.0
+    for place, target in enumerate(EVERY):
+        kept = np.arange(40) % 7 != place
+        holed[target.name][~kept] = np.nan
+        part = logits[kept][:, objective.slices[target.name]]
+        expected += ALONE[form, target.name].validation_loss(part, tensors(only(ROWS, kept)))
+    assert objective.validation_loss(logits, tensors(holed)) == pytest.approx(expected, rel=1e-12)
+
+
 def test_validation_leaves_out_a_target_without_labels() -> None:
     objective = fitted([CLASSES, REGRESSION], ROWS)
     rows = {**ROWS, "age": np.full((40, 1), np.nan)}
