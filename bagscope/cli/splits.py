@@ -19,10 +19,10 @@ from bagscope.pipeline.splits import (
     SideSummary,
     check_study_splits,
     make_study_splits,
+    split_spec,
     summarise_splits,
 )
 from bagscope.pipeline.study import open_study
-from bagscope.specs import parse_spec
 
 MAX_SPLITS_SHOWN = 12
 
@@ -58,10 +58,12 @@ def make(
     as_json: options.AsJson = False,
 ) -> None:
     """Put every labelled slide or patient on a side; writes STUDY/splits/NAME.csv."""
+    opened = open_study(study)
     targets = target_options.targets_of(target, task, classes, positive, time, event)
+    targets = targets or opened.spec.targets
     target_options.require_targets(targets)
     given = {
-        "method": "fixed" if method is None and file is not None else method,
+        "method": method,
         "folds": folds,
         "repeats": repeats,
         "test_share": test_share,
@@ -70,11 +72,10 @@ def make(
         "stratify": stratify,
         "file": file,
     }
-    chosen = {option: value for option, value in given.items() if value is not None}
     made = make_study_splits(
-        open_study(study),
+        opened,
         targets,
-        parse_spec(SplitSpec, chosen, where="options"),
+        split_spec(opened, given),
         per=per,
         name=name,
         overwrite=overwrite,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bagscope.artifacts import portable_name_problem
 from bagscope.errors import ConfigError
@@ -16,10 +17,11 @@ from bagscope.mil.splits.checking import SplitFindings, examine_splits
 from bagscope.mil.splits.duplicates import judge_shared_tiles, shared_tiles
 from bagscope.mil.splits.files import read_splits, was_edited, write_splits
 from bagscope.mil.splits.making import make_splits
-from bagscope.mil.splits.plan import Side, SplitPlan, SplitSpec
+from bagscope.mil.splits.plan import SHARED_OPTIONS, Side, SplitPlan, SplitSpec
 from bagscope.mil.splits.strata import Patient, patients_of
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, Study, open_study
+from bagscope.specs import parse_spec
 
 FOLDER_NAME = "splits"
 DEFAULT_NAME = "default"
@@ -64,6 +66,26 @@ def splits_path(study: Study, name: str) -> Path:
     if problem := portable_name_problem(name):
         raise ConfigError(f"--name {name!r} {problem}; it must be able to be a file name")
     return study.folder / FOLDER_NAME / f"{name}.csv"
+
+
+def split_spec(study: Study, given: Mapping[str, Any] | None = None) -> SplitSpec:
+    """Return how a study's cases are to be split: its own options, and over them given ones.
+
+    Where another method is given, the options of the study's own method are left aside. A file
+    that study.yaml names lies relative to the study, a given one to the working directory.
+
+    Raises:
+        ConfigError: an option that does not fit, or that the method makes no use of.
+    """
+    chosen = {name: value for name, value in (given or {}).items() if value is not None}
+    if "file" in chosen:
+        chosen.setdefault("method", "fixed")
+    own = study.spec.splits.model_dump(exclude_unset=True)
+    if own.get("file"):
+        own["file"] = str(study.folder / own["file"])
+    if chosen.get("method", study.spec.splits.method) != study.spec.splits.method:
+        own = {name: value for name, value in own.items() if name in SHARED_OPTIONS}
+    return parse_spec(SplitSpec, {**own, **chosen}, where="options")
 
 
 def make_study_splits(

@@ -124,6 +124,34 @@ def test_long_tables_are_cut(bagscope: Command, study: Path) -> None:
     assert "and 2 more splits; --json shows all" in ran.out
 
 
+def test_a_study_says_how_it_is_split_and_options_go_over_it(
+    bagscope: Command, study: Path, tmp_path: Path
+) -> None:
+    (study / "study.yaml").write_text(
+        "targets: [{column: grade, positive: a}]\nsplits: {folds: 3, repeats: 2, seed: 4}\n"
+    )
+
+    def spec_of(name: str, *options: object) -> dict[str, object]:
+        ran = bagscope("splits", "make", study, "--name", name, *options)
+        assert ran.code == 0, ran.err
+        settings = json.loads((study / "splits" / f"{name}.json").read_text())
+        assert settings["fields"]["targets"][0]["classes"] == ["b", "a"]
+        return settings["fields"]["spec"]
+
+    shared = {"val_share": 0.2, "stratify": True, "seed": 4}
+    assert spec_of("own") == {"method": "kfold", "folds": 3, "repeats": 2, **shared}
+    assert spec_of("more", "--folds", 4)["folds"] == 4
+    assert spec_of("other", "--method", "site_out") == {"method": "site_out", **shared}
+    (study / "sides.csv").write_text(
+        "patient_id,split\n" + "\n".join(f"p{i},{'test' if i < 6 else 'train'}" for i in range(24))
+    )
+    (study / "study.yaml").write_text(
+        "targets: [{column: grade, positive: a}]\n"
+        "splits: {method: fixed, file: sides.csv, seed: 4}\n"
+    )
+    assert spec_of("fixed") == {"method": "fixed", "file": "sides.csv", **shared}
+
+
 def test_a_file_fixes_the_sides(bagscope: Command, study: Path, tmp_path: Path) -> None:
     official = tmp_path / "official.tsv"
     lines = [f"p{i}\t{'test' if i > 17 else 'train'}" for i in range(24)]

@@ -23,7 +23,7 @@ Method = Literal["kfold", "monte_carlo", "fixed", "site_out", "site_preserving"]
 Side = Literal["train", "val", "test"]
 SIDES: tuple[Side, ...] = ("train", "val", "test")
 
-# Which options a method makes use of, beside seed, val_share and stratify.
+# Which options a method makes use of, beside `SHARED_OPTIONS`.
 _USED: Mapping[str, frozenset[str]] = {
     "kfold": frozenset({"folds", "repeats"}),
     "monte_carlo": frozenset({"repeats", "test_share"}),
@@ -32,6 +32,8 @@ _USED: Mapping[str, frozenset[str]] = {
     "site_preserving": frozenset({"folds"}),
 }
 _OPTIONAL = frozenset().union(*_USED.values())
+SHARED_OPTIONS = ("val_share", "seed", "stratify")
+"""Options that every method makes use of."""
 
 
 class SplitSpec(Spec):
