@@ -56,9 +56,10 @@ bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
 	$(BIN)/python benchmarks/bench_attention.py
 	$(BIN)/python benchmarks/bench_scan.py
 
-bench-gpu: $(READY) ## the kernels' tests and benchmark on a CUDA device
+bench-gpu: $(READY) ## the kernels' tests and benchmarks on a CUDA device, a few minutes
 	$(BIN)/python -m pytest -m gpu tests/kernels
 	$(BIN)/python benchmarks/bench_kernels.py --device cuda --compile --record
+	$(BIN)/python benchmarks/bench_gpu.py --compile --record
 
 drill: $(READY) ## kill runs at random moments and resume; damage files and find it
 	$(BIN)/python benchmarks/drill.py --kills 200
