@@ -84,9 +84,10 @@ def test_net_benefit_is_that_of_its_formula(seed):
 
 
 def test_net_benefit_at_given_thresholds():
-    curve = curves.decision_curve([0, 1], [0.2, 0.8], [0.0, 0.5])
-    np.testing.assert_allclose(curve.model, [0.5, 0.5])
-    np.testing.assert_allclose(curve.everyone, [0.5, 0.0])
+    curve = curves.decision_curve([0, 1], [0.25, 0.75], [0.0, 0.25, 0.5, 0.75])
+    # A threshold that a case's own probability meets is reached.
+    np.testing.assert_allclose(curve.model, [0.5, 0.5 - 0.5 / 3, 0.5, 0.5])
+    np.testing.assert_allclose(curve.everyone, [0.5, 0.5 - 0.5 / 3, 0.0, -1.0])
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,9 @@ def test_two_classes_take_the_positive_one():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 0.9, 1.0])
-def test_the_best_share_is_that_of_all_thresholds(seed, share):
-    outcome, score = drawn(seed, cases=40)
+@pytest.mark.parametrize("values", [12, 10**9])
+def test_the_best_share_is_that_of_all_thresholds(seed, share, values):
+    outcome, score = drawn(seed, cases=250, values=values)
     best_found = best_spared = 0.0
     for threshold in [*np.unique(score), np.inf]:
         called = score >= threshold
