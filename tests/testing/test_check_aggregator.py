@@ -214,6 +214,14 @@ class WrongEntropy(Plain):
         return replace(found, entropy=torch.ones(len(bags), 1, dtype=found.logits.dtype))
 
 
+class LossOfMany(Plain):
+    """Has a loss only where there is more than one bag."""
+
+    def forward(self, bags: Bags) -> BagOutput:
+        found = super().forward(bags)
+        return replace(found, losses={"x": found.logits[:, 0]} if len(bags) > 1 else {})
+
+
 class OtherWhenCompiled(Plain):
     def forward(self, bags: Bags) -> BagOutput:
         found = super().forward(bags)
@@ -258,6 +266,7 @@ def of_first_bag(value: Tensor, bags: Bags) -> Tensor:
         (OtherTerms, "logits and what pooling_terms add to"),
         (OtherScores, "the weights that scores and that pooling_terms tell"),
         (WrongEntropy, "entropy and that of the scores' softmax"),
+        (LossOfMany, "gives .* loss 'x' for a packed batch, and .*scores bag by bag"),
         (OtherWhenCompiled, "logits with and without torch.compile"),
         (lambda features, outputs: 3, "what was built is int, expected a torch.nn.Module"),
     ],
@@ -322,6 +331,18 @@ def test_an_entrys_dropout_is_switched_off_where_bags_are_compared() -> None:
     check(entry(Drops, WithDropout))
     with pytest.raises(ConfigError, match="unknown option 'dropuot'"):
         check(entry(Drops, WithDropout), options={"dropuot": 0.1})
+
+
+def test_layers_of_dropout_are_switched_off_where_bags_are_compared() -> None:
+    class WithLayer(Plain):
+        def __init__(self, features: int, outputs: int) -> None:
+            super().__init__(features, outputs)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, bags: Bags) -> BagOutput:
+            return super().forward(replace(bags, features=self.drop(bags.features)))
+
+    check(WithLayer)
 
 
 def test_an_entrys_promises_count() -> None:
