@@ -205,5 +205,10 @@ def print_training(result: TrainResult, *, as_json: bool) -> None:
     if result.tested.exit_code:
         print_report(result.tested, as_json=as_json)
     elif result.is_complete:
+        for report in (result.scored, result.final):
+            if report is not None and report.exit_code:
+                print_report(report, as_json=as_json)
         typer.echo(f"test predictions: {result.folder / 'predictions.csv'}")
+        if result.bundle is not None:
+            typer.echo(f"models: {result.bundle}")
         typer.echo(f"next: bagscope evaluate {result.folder}")

@@ -59,6 +59,7 @@ class TrainRequest:
         device: "cpu", "cuda", ...
         overwrite: train anew what was trained otherwise.
         shard: (i, n), to train the i-th of n parts of the members.
+        final: train a model on all patients too, once the members are finished.
     """
 
     targets: tuple[TargetSpec, ...]
@@ -73,6 +74,7 @@ class TrainRequest:
     device: str = "cpu"
     overwrite: bool = False
     shard: tuple[int, int] | None = None
+    final: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +85,9 @@ class MemberTask:
         folder: of the member.
         location: of the feature store.
         threads: that it computes with; they may change the last bits, so all members have as many.
+        stop_after: epochs after which training ends; None for the recipe's own.
+        out_of_fold: of the final model alone, which learns from all: what its temperature and
+            threshold are fitted on.
     """
 
     folder: Path
@@ -95,6 +100,8 @@ class MemberTask:
     device: str
     threads: int
     overwrite: bool
+    stop_after: int | None = None
+    out_of_fold: tuple[TestTask, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +126,9 @@ class TrainResult:
         folder: of the run.
         trained: the report of the members.
         tested: the report of their test folds; None where training did not come to its end.
+        scored: the report of the out-of-fold scores; None where not every fold is tested.
+        final: the report of the final model; None where there is none to train yet.
+        bundle: the models' bundle; None where the run is not complete.
         is_complete: whether every member of the run is trained and tested, by whomever.
         notes: sentences that the user should see.
     """
@@ -128,11 +138,15 @@ class TrainResult:
     tested: RunReport | None
     is_complete: bool
     notes: tuple[str, ...]
+    scored: RunReport | None = None
+    final: RunReport | None = None
+    bundle: Path | None = None
 
     @property
     def exit_code(self) -> int:
-        """Return 0 where every member is trained and tested, else 1, 130 where interrupted."""
-        return self.trained.exit_code or (self.tested.exit_code if self.tested else 0)
+        """Return 0 where every stage came to its end, else 1, 130 where interrupted."""
+        reports = (self.trained, self.tested, self.scored, self.final)
+        return max((report.exit_code for report in reports if report is not None), default=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +157,7 @@ class PlannedRun:
     config: Mapping[str, Json]
     members: Mapping[str, MemberTask]
     tests: Mapping[str, TestTask]
+    cases: tuple[Case, ...]
     plan: SplitPlan
     notes: tuple[str, ...]
 
@@ -231,6 +246,7 @@ def plan_training(study: Study, request: TrainRequest) -> PlannedRun:
         config=config,
         members=members,
         tests=tests,
+        cases=table.cases,
         plan=plan,
         notes=(*labelled.notes, *notes),
     )
@@ -264,7 +280,13 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         report=report,
         make_executor=lambda: _executor(stage, options, len(planned.members), report),
     )
-    tested, is_complete = None, False
+    result = TrainResult(
+        folder=planned.folder,
+        trained=trained,
+        tested=None,
+        is_complete=False,
+        notes=planned.notes,
+    )
     if not trained.interrupted:
         finished = [name for name, task in planned.members.items() if _is_finished(task.folder)]
         tested = run_cohort(
@@ -276,15 +298,53 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
             report=report,
         )
         is_complete = not tested.exit_code and len(finished) == len(planned.members)
+        result = dataclasses.replace(result, tested=tested, is_complete=is_complete)
         if is_complete:
             gather_predictions(planned.folder, list(planned.tests.values()))
-    return TrainResult(
-        folder=planned.folder,
-        trained=trained,
-        tested=tested,
-        is_complete=is_complete,
-        notes=planned.notes,
+            result = _complete(study, planned, request, options, report, result)
+    return result
+
+
+def _complete(
+    study: Study,
+    planned: PlannedRun,
+    request: TrainRequest,
+    options: RunOptions,
+    report: Reporter,
+    result: TrainResult,
+) -> TrainResult:
+    """Write the out-of-fold scores, train the final model if asked for, and bundle the models."""
+    from bagscope.pipeline.bundle import bundle_run, score_out_of_fold
+    from bagscope.pipeline.final import (
+        FINAL_NAME,
+        FINAL_STAGE,
+        final_folder,
+        final_task,
+        is_current,
     )
+
+    folder = final_folder(planned.folder)
+    if request.final:
+        stage = f"{FINAL_STAGE}/{planned.folder.name}"
+        last = dataclasses.replace(options, sweep=(planned.folder, folder), shard=None)
+        final = run_cohort(
+            [Job(slide_id=FINAL_NAME, payload=final_task(planned, planned.cases))],
+            train_one,
+            stage=stage,
+            status_dir=study.status_folder,
+            options=last,
+            report=report,
+            make_executor=lambda: _executor(stage, last, 1, report),
+        )
+        result = dataclasses.replace(result, final=final)
+        if final.exit_code:
+            return result
+    scored = score_out_of_fold(study, planned, options, report)
+    result = dataclasses.replace(result, scored=scored)
+    if scored.interrupted:
+        return result
+    bundle = bundle_run(planned, folder if is_current(planned) else None)
+    return dataclasses.replace(result, bundle=bundle)
 
 
 def train_one(job: Job) -> StageResult:

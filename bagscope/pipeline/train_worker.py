@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from bagscope import artifacts
@@ -18,12 +20,13 @@ from bagscope.cohort.jobs import StageResult
 from bagscope.features.store import FeatureStore
 from bagscope.mil.cases import Case
 from bagscope.mil.member import FACTS_NAME, WEIGHTS_NAME, load_member, read_facts, save_member
+from bagscope.mil.ood import reference_of
 from bagscope.mil.prediction_table import predictions_csv
 from bagscope.mil.sources import StoreSource
 from bagscope.mil.training.finishing import finish
 from bagscope.mil.training.history import Epoch
 from bagscope.mil.training.monitoring import METRICS
-from bagscope.mil.training.trainer import STATE_NAME, Trainer
+from bagscope.mil.training.trainer import STATE_NAME, Trained, Trainer
 from bagscope.pipeline.train import NUMERICS, PREDICTIONS_NAME
 
 if TYPE_CHECKING:
@@ -65,11 +68,15 @@ def train_task(name: str, task: MemberTask) -> StageResult:
         device=task.device,
         folder=task.folder,
         fingerprint=fingerprint,
+        stop_after=task.stop_after,
         on_epoch=lambda epoch: _tell(task, epoch, began_s),
     )
     trained = trainer.run()
+    if task.out_of_fold:
+        trained, inner = _with_out_of_fold(trained, task)
     member = finish(trained, task.recipe, inner, seed=task.seed, fields=fields)
-    digest = save_member(member, task.folder)
+    usual = reference_of(train, trained.statistics)
+    digest = save_member(dataclasses.replace(member, ood=usual), task.folder)
     artifacts.step("member-written")
     (task.folder / STATE_NAME).unlink(missing_ok=True)
     last = trained.history[trained.epoch - 1]
@@ -120,7 +127,7 @@ def member_fields(task: MemberTask) -> dict[str, Json]:
     """Return what a member's numbers depend on."""
     slides = {s for case in (*task.train, *task.inner) for s in case.slide_ids}
     store = FeatureStore.open(task.location, only=slides)
-    return {
+    fields: dict[str, Json] = {
         "stage": "train",
         "numerics": NUMERICS,
         "recipe": task.recipe.model_dump(mode="json"),
@@ -129,6 +136,35 @@ def member_fields(task: MemberTask) -> dict[str, Json]:
         "train": artifacts.fingerprint(_described(task.train, store)),
         "inner": artifacts.fingerprint(_described(task.inner, store)),
     }
+    if task.stop_after is not None:
+        fields["stop_after"] = task.stop_after
+    if task.out_of_fold:
+        fields["calibrated_by"] = {
+            test.folder.name: artifacts.sha256_of_file(test.folder / FACTS_NAME)
+            for test in task.out_of_fold
+        }
+    return fields
+
+
+def _with_out_of_fold(trained: Trained, task: MemberTask) -> tuple[Trained, StoreSource]:
+    """Return a training without an inner part beside what the members say of their test folds.
+
+    Only targets with classes are calibrated, so only their logits are gathered: of survival, each
+    member has time bins of its own.
+    """
+    rows = []
+    for test in task.out_of_fold:
+        member = load_member(test.folder)
+        found = member.infer(source_of(test.location, test.cases), test.device).logits
+        own = np.full((len(found), trained.objective.outputs), np.nan)
+        for target in trained.objective.targets:
+            if target.task == "classes":
+                place = trained.objective.slices[target.name]
+                own[:, place] = found[:, member.objective.slices[target.name]]
+        rows.append(own)
+    cases = [case for test in task.out_of_fold for case in test.cases]
+    pooled = dataclasses.replace(trained, inner_logits=np.concatenate(rows))
+    return pooled, source_of(task.location, cases)
 
 
 def _described(cases: Sequence[Case], store: FeatureStore) -> dict[str, Json]:
@@ -167,7 +203,7 @@ def _state_of(path: Path) -> str:
 
 def _tell(task: MemberTask, epoch: Epoch, began_s: float) -> None:
     seconds = time.monotonic() - began_s
-    most = task.recipe.training.epochs
+    most = task.stop_after or task.recipe.training.epochs
     rate = epoch.tiles / epoch.seconds if epoch.seconds else 0.0
     metric = METRICS[task.targets[0].task]
     parts = [f"epoch {epoch.number}/{most}", f"loss {epoch.losses['total']:.4f}"]

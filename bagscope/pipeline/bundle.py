@@ -1,0 +1,120 @@
+"""The end of a training run: out-of-fold scores of every slide, and the bundle of its models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bagscope import artifacts
+from bagscope.cohort.jobs import Job, RunOptions, RunReport, StageResult
+from bagscope.cohort.progress import Reporter
+from bagscope.cohort.runner import run_cohort
+from bagscope.pipeline.study import Study, available_cores
+
+if TYPE_CHECKING:
+    from bagscope.pipeline.predict_worker import MemberFolder
+    from bagscope.pipeline.train import PlannedRun, TestTask
+
+SCORE_STAGE = "scores"
+SCORES_NAME = "scores"
+
+
+def score_out_of_fold(
+    study: Study, planned: PlannedRun, options: RunOptions, report: Reporter
+) -> RunReport:
+    """Write `scores/<slide_id>.h5` of every case, by the members that it was a test case of."""
+    from bagscope.pipeline.predict_worker import ScoreTask
+
+    folder = planned.folder / SCORES_NAME
+    tasks = planned.tests
+    members = member_folders({name: task.folder for name, task in tasks.items()})
+    asked: dict[str, list[str]] = {}
+    for name, task in tasks.items():
+        for case in task.cases:
+            asked.setdefault(case.case_id, []).append(name)
+    cases = {case.case_id: (case, task) for task in tasks.values() for case in task.cases}
+    jobs = [
+        Job(
+            # Of a patient, who may have no name for a file, the first slide stands for all.
+            slide_id=case.slide_ids[0],
+            payload=ScoreTask(
+                case=case,
+                members=tuple(members[name] for name in asked[case_id]),
+                location=task.location,
+                out=folder,
+                device=task.device,
+                threads=scoring_threads(options, len(cases)),
+                # They follow from the run's members, whose own files say what is out of date.
+                overwrite=True,
+            ),
+        )
+        for case_id, (case, task) in cases.items()
+    ]
+    return run_cohort(
+        jobs,
+        score_one,
+        stage=f"{SCORE_STAGE}/{planned.folder.name}",
+        status_dir=study.status_folder,
+        options=dataclasses.replace(options, sweep=(folder,), noun="cases", shard=None),
+        report=report,
+    )
+
+
+def score_one(job: Job) -> StageResult:
+    """Ask members about one case, in a worker."""
+    from bagscope.pipeline.predict_worker import score_one
+
+    return score_one(job)
+
+
+def scoring_threads(options: RunOptions, cases: int) -> int:
+    """Return how many threads a worker computes with."""
+    return max(1, available_cores() // max(1, min(options.workers or 1, cases)))
+
+
+def member_folders(folders: Mapping[str, Path]) -> dict[str, MemberFolder]:
+    """Return members by name, with what tells them from others."""
+    from bagscope.mil.member import FACTS_NAME
+    from bagscope.pipeline.predict_worker import MemberFolder
+
+    return {
+        name: MemberFolder(
+            name=name, folder=folder, sha256=artifacts.sha256_of_file(folder / FACTS_NAME)
+        )
+        for name, folder in folders.items()
+    }
+
+
+def bundle_run(planned: PlannedRun, final: Path | None) -> Path:
+    """Write the bundle of a complete run, if there is none yet or of others; return its path."""
+    from bagscope.features.store import FeatureStore
+    from bagscope.mil.bundle import BUNDLE_NAME, MemberPlace, write_bundle
+    from bagscope.mil.feature_origin import origin_of
+
+    tests: Sequence[tuple[str, TestTask]] = list(planned.tests.items())
+    first = next(iter(planned.members.values()))
+    slides = {
+        slide_id
+        for task in planned.members.values()
+        for case in (*task.train, *task.inner)
+        for slide_id in case.slide_ids
+    }
+    store = FeatureStore.open(first.location, only=slides)
+    path = planned.folder / BUNDLE_NAME
+    write_bundle(
+        path,
+        run=planned.folder.name,
+        per=first.recipe.bags.per,
+        origin=origin_of(store.record(slide_id) for slide_id in store.slide_ids),
+        members=[
+            (
+                MemberPlace(name=name, repeat=task.repeat, fold=task.fold, seed=task.seed),
+                task.folder,
+            )
+            for name, task in tests
+        ],
+        final=final,
+    )
+    return path
