@@ -19,6 +19,8 @@ from bagscope.mil.bags import Bags
 
 Activation = Literal["relu", "gelu"]
 Init = Literal["torch", "xavier"]
+_SEEDS = 1 << 62
+"""The kernels take seeds of 64 bits with a sign."""
 
 
 class Projection(nn.Linear):
@@ -67,7 +69,7 @@ def xavier(module: nn.Module) -> None:
 
 def draw_seed(bags: Bags, use: int = 0) -> int:
     """Return what one of several uses of randomness in a step draws from."""
-    return (bags.seed * 1_000_003 + bags.step) * 7 + use
+    return ((bags.seed * 1_000_003 + bags.step) * 7 + use) % _SEEDS
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from bagscope.mil.aggregators.registry import BUILT_IN, aggregator_names
+from bagscope.mil.aggregators.registry import BUILT_IN, aggregator_names, build_aggregator
+from bagscope.mil.bags import Bags
 from bagscope.testing import check_aggregator
+from tests.kernels.packed import normal
 
 KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     "abmil": (
@@ -44,5 +48,20 @@ def test_with_other_options(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", aggregator_names())
-def test_with_a_single_output(name: str) -> None:
-    check_aggregator(name, features=12, outputs=1, options={"hidden": 16})
+def test_a_single_output_is_a_column(name: str) -> None:
+    model = build_aggregator(name, 12, 1).eval()
+    ages = torch.tensor([[61.0], [70.5]], dtype=torch.float64)
+    bags = Bags.of([normal(5, 12), normal(1, 12)], targets={"age": ages})
+    found = model(bags)
+    assert found.logits.shape == (2, 1)
+    assert found.scores.shape == (6, 1)
+    assert torch.equal(found.logits, model(replace(bags, targets=None)).logits)
+
+
+@pytest.mark.parametrize("name", aggregator_names())
+def test_no_seed_is_too_large_to_draw_from(name: str) -> None:
+    model = build_aggregator(name, 12, 2).train()
+    bags = Bags.of([normal(5, 12)], seed=2**62 + 11, step=2**40)
+    first = model(bags).logits
+    assert torch.equal(first, model(bags).logits)
+    assert not torch.equal(first, model(replace(bags, seed=2**62 + 12)).logits)
