@@ -18,6 +18,7 @@ from bagscope.cli.doctor import doctor
 from bagscope.cli.encoders import encoders
 from bagscope.cli.extract import extract
 from bagscope.cli.init import init
+from bagscope.cli.predict import predict
 from bagscope.cli.run import run
 from bagscope.cli.scan import scan
 from bagscope.cli.splits import splits
@@ -51,7 +52,7 @@ def _root(
     """Hold the options that come before a verb."""
 
 
-for verb in (init, scan, tile, extract, train, convert, verify, run, demo, doctor):
+for verb in (init, scan, tile, extract, train, predict, convert, verify, run, demo, doctor):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 app.add_typer(splits, name="splits")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -9,6 +11,7 @@ import typer
 from bagscope.cli import console, options, target_options
 from bagscope.cli.target_options import targets_of
 from bagscope.cohort.jobs import parse_shard
+from bagscope.pipeline.overfit import Overfit, overfit_study
 from bagscope.pipeline.recipes import laid_over, parse_settings
 from bagscope.pipeline.study import open_study
 from bagscope.pipeline.train import PlannedRun, TrainRequest, plan_training, train_run
@@ -55,6 +58,18 @@ def train(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="leave slides without features out")
     ] = False,
+    final: Annotated[
+        bool, typer.Option("--final", help="train a model on all patients too, after the folds")
+    ] = False,
+    overfit: Annotated[
+        int | None,
+        typer.Option(
+            "--overfit",
+            metavar="N",
+            help="sanity run: learn N cases by heart, and leave no run",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
     workers: options.Workers = None,
     shard: options.Shard = None,
@@ -79,7 +94,14 @@ def train(
         device=device,
         overwrite=overwrite,
         shard=parse_shard(shard) if shard else None,
+        final=final,
     )
+    if overfit is not None:
+        _print_overfit(
+            overfit_study(opened, request, overfit, console.reporter(as_json=as_json)),
+            as_json=as_json,
+        )
+        return
     if dry_run:
         _print_plan(plan_training(opened, request), as_json=as_json)
         return
@@ -95,6 +117,27 @@ def _seeds(text: str | None) -> tuple[int, ...]:
     if not all(part.isdigit() for part in parts):
         raise typer.BadParameter(f"{text!r}: write whole numbers separated by commas")
     return tuple(map(int, parts))
+
+
+def _print_overfit(found: Overfit, *, as_json: bool) -> None:
+    if as_json:
+        facts = {name: _json_number(value) for name, value in asdict(found).items()}
+        console.print_json("overfit", facts)
+        raise typer.Exit(int(not found.fits))
+    typer.echo(f"{len(found.cases)} cases, {found.epochs} epochs: {', '.join(found.cases)}")
+    right = "" if math.isnan(found.accuracy) else f", {found.accuracy:.0%} right"
+    typer.echo(
+        f"loss {found.first_loss:.3g} → {found.loss:.3g}{right}, "
+        f"{found.metric_name} {found.metric:.3f}"
+    )
+    typer.echo("fits: the recipe can learn these" if found.fits else "does not fit; look at this:")
+    for hint in found.hints:
+        typer.echo(f"  {hint}")
+    raise typer.Exit(int(not found.fits))
+
+
+def _json_number(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_plan(planned: PlannedRun, *, as_json: bool) -> None:

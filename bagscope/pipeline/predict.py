@@ -233,30 +233,26 @@ def predict(request: PredictRequest, report: Reporter) -> PredictResult:
 
 
 def _find_place(request: PredictRequest, bundle: Bundle, *, write: bool) -> Place:
-    from bagscope.features.store import FeatureStore
     from bagscope.features.zarr_store import is_zarr_location
     from bagscope.pipeline.predict_slides import find_known_features
 
     place = request.place
-    has_study = (place / STUDY_NAME).exists() or (place / COHORT_NAME).exists()
+    is_store = is_zarr_location(str(place)) or any(place.glob("[!.]*.h5"))
+    # Imported features have a table of their labels beside them; that makes no study of them.
+    is_study = (place / STUDY_NAME).exists() or (not is_store and (place / COHORT_NAME).exists())
     overrides = {"run": {"workers": request.workers}}
-    if request.slides is None and not has_study and place.is_dir():
+    if request.slides is None and not is_study and place.is_dir():
         if request.out is None or request.features is not None or request.labels is not None:
             raise ConfigError(
                 f"{place}: no study there; for a folder of features name where the output goes "
                 "with --out, and pass neither --features nor --labels"
             )
-        if not is_zarr_location(str(place)) and not any(place.glob("[!.]*.h5")):
+        if not is_store:
             raise ConfigError(
                 f"{place}: neither a study nor a folder of features; make a study with --slides"
             )
-        store = FeatureStore.open(place)
-        rows = tuple(
-            SlideRow(slide_id=slide_id, path=place / f"{slide_id}.h5", patient_id=slide_id)
-            for slide_id in store.slide_ids
-        )
         return Place(
-            cohort=Cohort(rows=rows, source=str(place), patient_id_given=True),
+            cohort=_cohort_of(place),
             study=None,
             location=str(place),
             folder=request.out,
@@ -284,6 +280,19 @@ def _find_place(request: PredictRequest, bundle: Bundle, *, write: bool) -> Plac
     )
 
 
+def _cohort_of(store: Path) -> Cohort:
+    """Return the slides of a feature folder: those of the table beside them, or all there are."""
+    from bagscope.features.store import FeatureStore
+
+    if (store / COHORT_NAME).exists():
+        return load_cohort(store / COHORT_NAME)
+    rows = tuple(
+        SlideRow(slide_id=slide_id, path=store / f"{slide_id}.h5", patient_id=slide_id)
+        for slide_id in FeatureStore.open(store).slide_ids
+    )
+    return Cohort(rows=rows, source=str(store))
+
+
 def _name(request: PredictRequest, place: Path) -> str:
     name = request.name or place.resolve().name
     if problem := portable_name_problem(name):
@@ -300,7 +309,7 @@ def _cases(
     """Return every case of the cohort, with the labels that there are, and notes."""
     table = cases_of(place.cohort, (), per=bundle.per)
     notes = place.cohort.notes
-    if bundle.per == "patient" and (place.study is None or not place.cohort.patient_id_given):
+    if bundle.per == "patient" and not place.cohort.patient_id_given:
         notes += ("the cohort names no patients: every slide counts as a patient of its own",)
     there = set(place.cohort.columns)
     known = [target for target in bundle.targets if there.issuperset(target.columns)]

@@ -15,6 +15,7 @@ from bagscope.features.verify import Fault, verify_feature_file, verify_folder, 
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, available_cores, open_study
 
 _FOLDER_SUFFIXES = (".zarr", ".bagscope")
+_SCORES = ("runs/*/scores/[!.]*.h5", "predictions/*/*/scores/[!.]*.h5")
 _STAGE_FOLDERS = ("tilings", "features", "runs", "predictions", "heatmaps", "review")
 
 Check = Callable[[], list[Fault]]
@@ -67,6 +68,8 @@ def verify_study(
     first: list[Check] = [lambda: _study_faults(folder)]
     first += [_of(verify_tile_file, path) for path in tile_files]
     first += [_of(verify_folder, path) for path in folders]
+    score_files = [path for pattern in _SCORES for path in _found(folder, pattern)]
+    first += [_of(_score_faults, path) for path in score_files]
     first += [_of(_record_faults, path) for path in records]
     first += [_of(_status_faults, path) for path in _found(folder, "status/**/[!.]*.json")]
     stores = sorted({path.parent for path in feature_files})
@@ -160,6 +163,13 @@ def _status_faults(path: Path) -> list[Fault]:
     except (ArtifactError, TypeError, ValueError) as error:
         return [_told_by(path, error)]
     return []
+
+
+def _score_faults(path: Path) -> list[Fault]:
+    """Return what is wrong with a score file."""
+    from bagscope.mil.score_file import score_file_faults  # brings torch, which few need here
+
+    return [Fault(path, sentence) for sentence in score_file_faults(path)]
 
 
 def _told_by(path: Path, error: Exception) -> Fault:

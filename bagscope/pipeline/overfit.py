@@ -1,0 +1,265 @@
+"""A sanity run: a recipe that can't learn a few cases by heart learns nothing from many.
+
+A few cases, stratified, are trained on without sampling, dropout, noise, smoothing or decay, at the
+recipe's own learning rate, until they fit. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bagscope.cohort.progress import Reporter, SlideTold
+from bagscope.errors import ConfigError
+from bagscope.mil.cases import Case
+from bagscope.pipeline.recipes import load_recipe
+from bagscope.pipeline.study import Study
+
+if TYPE_CHECKING:
+    from bagscope.mil.recipe import TrainSpec
+    from bagscope.mil.targets import TargetSpec
+    from bagscope.mil.training.history import Epoch
+    from bagscope.pipeline.train import TrainRequest
+
+STAGE = "overfit"
+MOST_EPOCHS = 300
+FITTING_LOSS = 0.05
+"""Nats, of classes; about 0.95 for the truth."""
+FITTING_METRIC = 0.99
+"""Of tasks whose loss has no such zero: κ, R² or the C-index."""
+_TOLD_EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overfit:
+    """How it ended.
+
+    Attributes:
+        first_loss: of the first epoch, in training mode.
+        loss: at the end, of whole bags without dropout.
+        accuracy: share of cases right in every target with classes; NaN without one.
+        metric: of the first target (see `monitoring.METRICS`).
+        hints: what to look at where it does not fit.
+    """
+
+    cases: tuple[str, ...]
+    epochs: int
+    first_loss: float
+    loss: float
+    accuracy: float
+    metric: float
+    metric_name: str
+    fits: bool
+    hints: tuple[str, ...]
+
+
+class _Fits(Exception):
+    """Nothing more is to be learnt."""
+
+
+def overfit_study(study: Study, request: TrainRequest, count: int, report: Reporter) -> Overfit:
+    """Train a recipe on a few cases of a study until it knows them by heart.
+
+    Raises:
+        ConfigError: fewer than two cases, or options that do not fit.
+        ArtifactError: no features.
+    """
+    from bagscope.mil.training.monitoring import METRICS
+    from bagscope.mil.training.trainer import Trainer
+    from bagscope.pipeline.train_data import find_features, labelled_study
+    from bagscope.pipeline.train_worker import source_of
+
+    if count < 2:
+        raise ConfigError(f"--overfit is {count}; at least two cases are needed, 8 are usual")
+    if not request.targets:
+        raise ConfigError("nothing to predict; name a label column with --target")
+    asked = load_recipe(request.recipe, request.settings)
+    recipe = plain_recipe(asked, count)
+    location = find_features(study, request.features, request.encoder)
+    table = labelled_study(
+        study,
+        request.targets,
+        per=recipe.bags.per,
+        location=location,
+        skip_missing=request.skip_missing,
+    ).table
+    cases = choose_cases(table.cases, table.targets[0], count)
+    source = source_of(location, cases)
+    history: list[Epoch] = []
+    judged: list[tuple[float, float]] = []
+
+    def on_epoch(epoch: Epoch) -> None:
+        history.append(epoch)
+        accuracy, metric = _judge(trainer, source, table.targets)
+        judged.append((accuracy, metric))
+        if epoch.number % _TOLD_EVERY == 0:
+            text = f"epoch {epoch.number}/{MOST_EPOCHS}, loss {epoch.validation_loss:.4f}"
+            report.emit(SlideTold(stage=STAGE, slide_id=f"{count} cases", text=text, facts={}))
+        if _fits(table.targets, epoch.validation_loss, accuracy, metric):
+            raise _Fits
+
+    trainer = Trainer(
+        recipe,
+        table.targets,
+        source,
+        source,
+        seed=request.seeds[0],
+        device=request.device,
+        on_epoch=on_epoch,
+    )
+    fits = False
+    try:
+        trainer.run()
+    except _Fits:
+        fits = True
+    accuracy, metric = judged[-1]
+    return Overfit(
+        cases=tuple(case.case_id for case in cases),
+        epochs=len(history),
+        first_loss=history[0].losses["bag"],
+        loss=history[-1].validation_loss,
+        accuracy=accuracy,
+        metric=metric,
+        metric_name=METRICS[table.targets[0].task],
+        fits=fits,
+        hints=() if fits else _hints(source, asked, history),
+    )
+
+
+def plain_recipe(recipe: TrainSpec, count: int) -> TrainSpec:
+    """Return a recipe without anything that keeps it from learning by heart."""
+    from bagscope.mil.aggregators.registry import aggregator_entry
+    from bagscope.mil.objectives.spec import EntropySpec
+
+    aggregator = recipe.aggregator
+    given: dict[str, Any] = dict(aggregator.options)
+    fields = aggregator_entry(aggregator.name).options.model_fields
+    # Only options that are numbers by default: others have no meaning for each variant.
+    for name in ("dropout", "attention_dropout", "stkim_p"):
+        if name in given or (name in fields and isinstance(fields[name].get_default(), float)):
+            given[name] = 0.0
+    return recipe.model_copy(
+        update={
+            "aggregator": aggregator.model_copy(update={"options": given}),
+            "bags": recipe.bags.model_copy(
+                update={
+                    "bags_per_step": min(recipe.bags.bags_per_step, count),
+                    "sample_tiles": None,
+                    "feature_dropout": 0.0,
+                    "noise": 0.0,
+                    "balanced": False,
+                }
+            ),
+            "objective": recipe.objective.model_copy(
+                update={"label_smoothing": 0.0, "entropy": EntropySpec()}
+            ),
+            "optimiser": recipe.optimiser.model_copy(
+                update={"schedule": "constant", "warmup_epochs": 0.0, "weight_decay": 0.0}
+            ),
+            "training": recipe.training.model_copy(
+                update={
+                    "epochs": MOST_EPOCHS,
+                    "patience": None,
+                    "checkpoint": "last",
+                    "ema_decay": None,
+                    "compile": False,
+                }
+            ),
+        }
+    )
+
+
+def choose_cases(cases: Sequence[Case], target: TargetSpec, count: int) -> tuple[Case, ...]:
+    """Return `count` cases, of each class in turn; of numbers, spread over their range."""
+    known = [case for case in cases if not any(map(math.isnan, case.targets[target.name]))]
+    if len(known) < count:
+        raise ConfigError(f"--overfit is {count}, and {len(known)} cases have a label")
+    if target.task in ("regression", "survival"):
+        ranked = sorted(known, key=lambda case: case.targets[target.name])
+        return tuple(ranked[round(i * (len(ranked) - 1) / (count - 1))] for i in range(count))
+    by_label: dict[tuple[float, ...], list[Case]] = {}
+    for case in known:
+        by_label.setdefault(case.targets[target.name], []).append(case)
+    chosen: list[Case] = []
+    place = 0
+    while len(chosen) < count:
+        for label in sorted(by_label):
+            if place < len(by_label[label]) and len(chosen) < count:
+                chosen.append(by_label[label][place])
+        place += 1
+    return tuple(chosen)
+
+
+def _judge(trainer: Any, source: Any, targets: Sequence[TargetSpec]) -> tuple[float, float]:
+    """Return the share of cases right in every target with classes, and the first one's metric."""
+    import numpy as np
+
+    from bagscope.mil.inference import infer
+    from bagscope.mil.statistics import scale_of
+    from bagscope.mil.training.monitoring import metric_of
+
+    recipe = trainer.recipe
+    logits = infer(
+        trainer.model,
+        source,
+        recipe.bags,
+        device=next(trainer.model.parameters()).device,
+        precision=recipe.training.precision,
+        scale=scale_of(trainer.statistics) if recipe.bags.standardise else None,
+    ).logits
+    predicted = trainer.objective.predictions(logits)
+    right = []
+    for target in targets:
+        labels = np.array([case.targets[target.name] for case in source.cases])
+        known = ~np.isnan(labels).any(axis=1)
+        if target.is_categorical:
+            hit = predicted[target.name].argmax(axis=1) == labels[:, 0]
+            right.append(hit | ~known)
+        elif target.task == "multilabel":
+            hit = ((predicted[target.name] >= 0.5) == labels).all(axis=1)
+            right.append(hit | ~known)
+    first = targets[0]
+    labels = np.array([case.targets[first.name] for case in source.cases])
+    metric = metric_of(first, labels, predicted[first.name])
+    return float(np.all(right, axis=0).mean()) if right else math.nan, metric
+
+
+def _fits(targets: Sequence[TargetSpec], loss: float, accuracy: float, metric: float) -> bool:
+    if all(target.task in ("classes", "multilabel", "ordinal") for target in targets):
+        return accuracy == 1 and loss <= FITTING_LOSS
+    return metric >= FITTING_METRIC and not accuracy < 1
+
+
+def _hints(source: Any, recipe: TrainSpec, history: Sequence[Epoch]) -> tuple[str, ...]:
+    """Return what to look at, the likeliest first."""
+    import numpy as np
+
+    hints = []
+    means: dict[bytes, tuple[str, Any]] = {}
+    for place, case in enumerate(source.cases):
+        tiles = source.read(place).features
+        key = tiles.mean(axis=0, dtype=np.float64).tobytes()
+        other = means.setdefault(key, (case.case_id, case.targets))
+        if other[1] != case.targets:
+            hints.append(
+                f"{other[0]} and {case.case_id} have the same features and different labels: are "
+                "their files mixed up?"
+            )
+        if np.ptp(tiles, axis=0).max() == 0 and len(tiles) > 1:
+            hints.append(f"all {len(tiles)} tiles of {case.case_id} have the same features")
+    losses = [epoch.validation_loss for epoch in history]
+    rate = recipe.optimiser.lr
+    tail = losses[-max(2, len(losses) // 10) :]
+    if tail[-1] < tail[0] and tail[-1] < losses[0]:
+        hints.append(
+            f"the loss still falls after {len(losses)} epochs: raise optimiser.lr ({rate:g}), or "
+            "lower bags.bags_per_step"
+        )
+    else:
+        hints.append(f"the loss falls no further: lower optimiser.lr ({rate:g})")
+    if not recipe.bags.standardise:
+        hints.append("features of large or very different scales need bags.standardise: true")
+    hints.append("look whether the label column belongs to these slides, and at the features")
+    return tuple(hints)
