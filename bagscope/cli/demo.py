@@ -15,7 +15,7 @@ from bagscope.pipeline.demo import STAGES, run_demo
 def demo(
     folder: Annotated[Path, typer.Argument(help="where to", show_default=True)] = Path("demo"),
     until: Annotated[str, typer.Option(help=f"last stage: {', '.join(STAGES)}")] = STAGES[-1],
-    slides: Annotated[int, typer.Option(min=2, help="how many slides")] = 8,
+    slides: Annotated[int, typer.Option(min=2, help="how many slides")] = 12,
     size_px: Annotated[int, typer.Option(min=1024, help="edge of a slide in pixels")] = 6000,
     seed: Annotated[int, typer.Option(min=0, help="of the slides")] = 0,
     workers: options.Workers = None,
@@ -36,6 +36,8 @@ def demo(
     console.print_report(result.tiled, as_json=as_json)
     if result.extracted is not None:
         console.print_extraction(result.extracted, as_json=as_json)
+    if result.trained is not None:
+        console.print_training(result.trained, as_json=as_json)
     if not as_json:
         typer.echo(f"look at {result.sheet}")
     raise typer.Exit(result.exit_code)

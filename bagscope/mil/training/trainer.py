@@ -79,7 +79,7 @@ class Trained:
 
 @dataclass
 class _Watch:
-    """Early stopping: the best epoch so far."""
+    """Early stopping: the best epoch so far, 0 before any."""
 
     best: float = math.inf
     epoch: int = 0
@@ -236,7 +236,7 @@ class Trainer:
     ) -> None:
         progress = step.number / max(1, self._schedule.steps)
         output = self._forward(bags)
-        losses = self.objective(output, bags.targets or {}, progress=progress)
+        losses = self.objective(output, bags.targets or {}, progress=progress, lengths=bags.lengths)
         total = float(losses.total.detach())
         if not math.isfinite(total):
             raise TrainingError(
@@ -297,19 +297,16 @@ class Trainer:
             if self.recipe.optimiser.schedule == "plateau":
                 self._schedule.after_epoch(epoch.validation_loss)
             watched = epoch.validation_loss if spec.monitor == "loss" else -epoch.metric
-            if not self._watch.epoch or watched < self._watch.best:
-                self._watch = _Watch(
-                    best=watched if math.isfinite(watched) else math.inf,
-                    epoch=epoch.number,
-                    weights=self._weights_now(),
-                )
+            if watched < self._watch.best:
+                self._watch = _Watch(best=watched, epoch=epoch.number, weights=self._weights_now())
         if spec.checkpoint == "averaged":
             self._last.append(self._weights_now())
 
     def _is_over(self) -> bool:
         spec = self.recipe.training
         done = len(self._history)
-        if self._inner is None or spec.patience is None or done < max(1, spec.min_epochs):
+        # Where the inner part's labels define no loss or metric, no epoch is ever the best.
+        if not self._watch.epoch or spec.patience is None or done < max(1, spec.min_epochs):
             return False
         return done - self._watch.epoch >= spec.patience
 
