@@ -342,9 +342,13 @@ class Trainer:
         if target is None:
             raise ConfigError("bags.balanced draws by class, and no target has classes; unset it")
         labels = _labels(self._train)[target.name][:, 0]
-        found, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        weights = 1.0 / counts[places]
-        return np.where(np.isnan(labels), 1.0 / len(labels) * len(found), weights)
+        known = ~np.isnan(labels)
+        _, places, counts = np.unique(labels[known], return_inverse=True, return_counts=True)
+        weights = np.ones(len(labels))
+        weights[known] = 1.0 / counts[places]
+        # A case without this label, but with another one, comes as often as the average.
+        weights[~known] = weights[known].mean()
+        return weights
 
     # --- going on after a kill ------------------------------------------------------------------
 
