@@ -34,6 +34,10 @@ from bagscope.specs import parse_spec
 WEIGHTS_NAME = "member.safetensors"
 FACTS_NAME = "member.json"
 SCHEMA_VERSION = 1
+_NEEDED = (
+    "recipe", "targets", "objective", "temperatures", "uncalibrated", "thresholds", "seed", "epoch",
+    "epochs", "fields", "weights_sha256",
+)  # fmt: skip
 _MODEL, _STATISTICS, _OOD = "model.", "statistics.", "ood."
 
 
@@ -153,6 +157,8 @@ def read_facts(folder: Path) -> dict[str, Json] | None:
             f"{path}: schema version {facts['schema_version']} is newer than {SCHEMA_VERSION}, the "
             "newest that this bagscope reads; update bagscope"
         )
+    if lacking := [name for name in _NEEDED if name not in facts]:
+        raise SchemaError(f"{path}: lacks {', '.join(lacking)}; train it anew")
     return facts
 
 

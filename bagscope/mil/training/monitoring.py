@@ -52,5 +52,5 @@ def _metric(
         return float(macro(binary_auroc, values, predicted))
     classes = values[:, 0].astype(int)
     if target.task == "ordinal":
-        return float(quadratic_kappa(classes, decide(predicted), len(target.classes)))
+        return float(quadratic_kappa(classes, decide(predicted)))
     return float(auroc(classes, predicted))
