@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from bagscope.arithmetic import avoid_broken_units
 from bagscope.errors import ConfigError, first_line
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 from bagscope.specs import Spec, did_you_mean, parse_spec
@@ -29,6 +30,11 @@ class Aggregator(nn.Module):
     A subclass is built as `cls(features, outputs, options)`: width of the input, number of logits,
     and its own options.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Before the first product, which need not be one of our operations.
+        avoid_broken_units()
 
     def forward(self, bags: Bags) -> BagOutput:
         """Return logits, embedding and scores; packed equals bag by bag."""

@@ -66,6 +66,13 @@ def test_a_spec_stands_for_its_options() -> None:
     assert model.attention.u is not None
 
 
+def test_the_machine_is_looked_at_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(registry, "avoid_broken_units", lambda: asked.append(True))
+    build_aggregator("mean", 8, 2)
+    assert asked == [True]
+
+
 def test_one_name_is_taken_once() -> None:
     register("abmil", ABMILOptions, summary="", reference="")(ABMIL)
     with pytest.raises(ValueError, match="'abmil' is registered twice; choose another name"):
