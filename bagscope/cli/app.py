@@ -16,6 +16,7 @@ from bagscope.cli.convert import convert
 from bagscope.cli.demo import demo
 from bagscope.cli.doctor import doctor
 from bagscope.cli.encoders import encoders
+from bagscope.cli.evaluate import evaluate
 from bagscope.cli.extract import extract
 from bagscope.cli.init import init
 from bagscope.cli.predict import predict
@@ -52,7 +53,20 @@ def _root(
     """Hold the options that come before a verb."""
 
 
-for verb in (init, scan, tile, extract, train, predict, convert, verify, run, demo, doctor):
+for verb in (
+    init,
+    scan,
+    tile,
+    extract,
+    train,
+    evaluate,
+    predict,
+    convert,
+    verify,
+    run,
+    demo,
+    doctor,
+):
     app.command()(verb)
 app.add_typer(encoders, name="encoders")
 app.add_typer(splits, name="splits")
