@@ -7,8 +7,8 @@ Of every bag two distances are taken, each the root of a mean over the dimension
 
 and its score is max(d / d̃, q / q̃), where d̃ and q̃ are what is usual of training bags. d notices
 another scanner or stain, q a share of strange tiles that leaves the mean where it was. The training
-bags' own distances are taken from the others alone, so that a new bag of their kind is one more of
-them: it exceeds the k-th smallest of n scores with a chance of (n + 1 − k) / (n + 1).
+bags' own distances are taken from the other patients' alone, so that a new bag of their kind is one
+more of them: it exceeds the k-th smallest of n scores with a chance of (n + 1 − k) / (n + 1).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Array = NDArray[np.float64]
 
 FALSE_ALARMS = 0.01
 """Share of bags like the training bags that may be flagged; more only where these are few."""
-FEWEST_BAGS = 3
-"""With fewer training bags nothing can be said."""
+FEWEST_PATIENTS = 3
+"""With fewer training patients nothing can be said."""
 _LEAST_STD = 0.05
 """No dimension counts as steadier than this share of the root mean square deviation of all: one
 that never moved in training would else decide alone."""
@@ -44,7 +44,7 @@ class OodReference:
     Attributes:
         usual_bag: d̃, the median distance of a training bag's mean from the others.
         usual_tiles: q̃, the median distance of a training bag's tiles from the others.
-        scores: (n,) of the training bags, rising; empty where they are fewer than three.
+        scores: (n,) of the training bags, rising; empty where patients are fewer than three.
     """
 
     usual_bag: float
@@ -98,25 +98,46 @@ def moments_of(features: NDArray[Any]) -> BagMoments:
 
 def reference_of(source: BagSource, statistics: FeatureStatistics) -> OodReference:
     """Return what is usual among a source's bags, whose statistics these are; reads each once."""
-    count = len(source.cases)
-    if count < FEWEST_BAGS:
+    of_patient: dict[str, list[int]] = {}
+    for place, case in enumerate(source.cases):
+        of_patient.setdefault(case.patient_id, []).append(place)
+    if len(of_patient) < FEWEST_PATIENTS:
         return OodReference(usual_bag=1.0, usual_tiles=1.0, scores=np.empty(0))
-    total = int(source.lengths.sum())
-    bag_square, tile_square = count * statistics.bag_std**2, total * statistics.std**2
+    count, total = len(source.cases), int(source.lengths.sum())
     bag, tile = np.empty(count), np.empty(count)
-    for place in range(count):
-        one = moments_of(source.read(place).features)
-        # Mean and squares of all but this bag, by taking its part away.
-        off = one.mean - statistics.bag_mean
-        square = bag_square - off**2 * count / (count - 1)
-        bag[place] = _distance((off * count / (count - 1)) ** 2, square / (count - 1))
-        rest = total - one.tiles
-        off = one.mean - statistics.mean
-        square = tile_square - one.tiles * (one.variance + off**2 * total / rest)
-        tile[place] = _distance(one.variance + (off * total / rest) ** 2, square / rest)
+    for places in of_patient.values():
+        own = [moments_of(source.read(place).features) for place in places]
+        bags = _Others(count, statistics.bag_mean, statistics.bag_std)
+        tiles = _Others(total, statistics.mean, statistics.std)
+        for one in own:
+            bags.leave_out(1, one.mean, np.zeros_like(one.variance))
+            tiles.leave_out(one.tiles, one.mean, one.variance)
+        for place, one in zip(places, own, strict=True):
+            bag[place] = bags.distance(one.mean, np.zeros_like(one.variance))
+            tile[place] = tiles.distance(one.mean, one.variance)
     usual_bag, usual_tiles = _positive(np.median(bag)), _positive(np.median(tile))
     scores = np.sort(np.maximum(bag / usual_bag, tile / usual_tiles))
     return OodReference(usual_bag=usual_bag, usual_tiles=usual_tiles, scores=scores)
+
+
+class _Others:
+    """Mean and variance of all rows but some, which are taken away from the sums about the mean."""
+
+    def __init__(self, count: int, mean: Array, std: Array) -> None:
+        self._count, self._mean = count, mean
+        self._sum, self._square = np.zeros_like(mean), count * std**2
+
+    def leave_out(self, rows: int, mean: Array, variance: Array) -> None:
+        off = mean - self._mean
+        self._count -= rows
+        self._sum -= rows * off
+        self._square -= rows * (variance + off**2)
+
+    def distance(self, mean: Array, variance: Array) -> float:
+        """Return how far rows of such a mean and variance lie from the others."""
+        shift = self._sum / self._count
+        others = self._square / self._count - shift**2
+        return _distance(variance + (mean - self._mean - shift) ** 2, others)
 
 
 def ood_distance(bag: BagMoments, statistics: FeatureStatistics, reference: OodReference) -> float:

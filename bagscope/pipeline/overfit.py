@@ -6,6 +6,7 @@ recipe's own learning rate, until they fit. Nothing is written.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from bagscope.pipeline.study import Study
 
 if TYPE_CHECKING:
     from bagscope.mil.recipe import TrainSpec
+    from bagscope.mil.sources import BagSource
     from bagscope.mil.targets import TargetSpec
     from bagscope.mil.training.history import Epoch
+    from bagscope.mil.training.trainer import Trainer
     from bagscope.pipeline.train import TrainRequest
 
 STAGE = "overfit"
@@ -29,7 +32,10 @@ FITTING_LOSS = 0.05
 """Nats, of classes; about 0.95 for the truth."""
 FITTING_METRIC = 0.99
 """Of tasks whose loss has no such zero: κ, R² or the C-index."""
+HALF = 0.5
 _TOLD_EVERY = 20
+_PATIENCE, _PROGRESS = 60, 0.01
+"""Epochs in which the loss must fall by such a share at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +61,8 @@ class Overfit:
     hints: tuple[str, ...]
 
 
-class _Fits(Exception):
-    """Nothing more is to be learnt."""
+class _Over(Exception):
+    """Nothing more is to be learnt, or will be."""
 
 
 def overfit_study(study: Study, request: TrainRequest, count: int, report: Reporter) -> Overfit:
@@ -88,17 +94,14 @@ def overfit_study(study: Study, request: TrainRequest, count: int, report: Repor
     cases = choose_cases(table.cases, table.targets[0], count)
     source = source_of(location, cases)
     history: list[Epoch] = []
-    judged: list[tuple[float, float]] = []
 
     def on_epoch(epoch: Epoch) -> None:
         history.append(epoch)
-        accuracy, metric = _judge(trainer, source, table.targets)
-        judged.append((accuracy, metric))
         if epoch.number % _TOLD_EVERY == 0:
             text = f"epoch {epoch.number}/{MOST_EPOCHS}, loss {epoch.validation_loss:.4f}"
             report.emit(SlideTold(stage=STAGE, slide_id=f"{count} cases", text=text, facts={}))
-        if _fits(table.targets, epoch.validation_loss, accuracy, metric):
-            raise _Fits
+        if _fits(trainer, source, epoch) or _is_stuck(history):
+            raise _Over
 
     trainer = Trainer(
         recipe,
@@ -109,19 +112,16 @@ def overfit_study(study: Study, request: TrainRequest, count: int, report: Repor
         device=request.device,
         on_epoch=on_epoch,
     )
-    fits = False
-    try:
+    with contextlib.suppress(_Over):
         trainer.run()
-    except _Fits:
-        fits = True
-    accuracy, metric = judged[-1]
+    fits = _fits(trainer, source, history[-1])
     return Overfit(
         cases=tuple(case.case_id for case in cases),
         epochs=len(history),
         first_loss=history[0].losses["bag"],
         loss=history[-1].validation_loss,
-        accuracy=accuracy,
-        metric=metric,
+        accuracy=_accuracy(trainer, source),
+        metric=history[-1].metric,
         metric_name=METRICS[table.targets[0].task],
         fits=fits,
         hints=() if fits else _hints(source, asked, history),
@@ -192,13 +192,12 @@ def choose_cases(cases: Sequence[Case], target: TargetSpec, count: int) -> tuple
     return tuple(chosen)
 
 
-def _judge(trainer: Any, source: Any, targets: Sequence[TargetSpec]) -> tuple[float, float]:
-    """Return the share of cases right in every target with classes, and the first one's metric."""
+def _accuracy(trainer: Trainer, source: BagSource) -> float:
+    """Return the share of cases right in every target with classes; NaN without one."""
     import numpy as np
 
     from bagscope.mil.inference import infer
     from bagscope.mil.statistics import scale_of
-    from bagscope.mil.training.monitoring import metric_of
 
     recipe = trainer.recipe
     logits = infer(
@@ -211,28 +210,32 @@ def _judge(trainer: Any, source: Any, targets: Sequence[TargetSpec]) -> tuple[fl
     ).logits
     predicted = trainer.objective.predictions(logits)
     right = []
-    for target in targets:
+    for target in trainer.targets:
         labels = np.array([case.targets[target.name] for case in source.cases])
         known = ~np.isnan(labels).any(axis=1)
         if target.is_categorical:
-            hit = predicted[target.name].argmax(axis=1) == labels[:, 0]
-            right.append(hit | ~known)
+            right.append((predicted[target.name].argmax(axis=1) == labels[:, 0]) | ~known)
         elif target.task == "multilabel":
-            hit = ((predicted[target.name] >= 0.5) == labels).all(axis=1)
-            right.append(hit | ~known)
-    first = targets[0]
-    labels = np.array([case.targets[first.name] for case in source.cases])
-    metric = metric_of(first, labels, predicted[first.name])
-    return float(np.all(right, axis=0).mean()) if right else math.nan, metric
+            right.append(((predicted[target.name] >= HALF) == labels).all(axis=1) | ~known)
+    return float(np.all(right, axis=0).mean()) if right else math.nan
 
 
-def _fits(targets: Sequence[TargetSpec], loss: float, accuracy: float, metric: float) -> bool:
-    if all(target.task in ("classes", "multilabel", "ordinal") for target in targets):
-        return accuracy == 1 and loss <= FITTING_LOSS
-    return metric >= FITTING_METRIC and not accuracy < 1
+def _fits(trainer: Trainer, source: BagSource, epoch: Epoch) -> bool:
+    if all(target.task in ("classes", "multilabel", "ordinal") for target in trainer.targets):
+        is_near = epoch.validation_loss <= FITTING_LOSS
+    else:
+        is_near = epoch.metric >= FITTING_METRIC
+    return is_near and not _accuracy(trainer, source) < 1
 
 
-def _hints(source: Any, recipe: TrainSpec, history: Sequence[Epoch]) -> tuple[str, ...]:
+def _is_stuck(history: Sequence[Epoch]) -> bool:
+    if len(history) <= _PATIENCE:
+        return False
+    before, now = (one.validation_loss for one in (history[-1 - _PATIENCE], history[-1]))
+    return not now < (1 - _PROGRESS) * before
+
+
+def _hints(source: BagSource, recipe: TrainSpec, history: Sequence[Epoch]) -> tuple[str, ...]:
     """Return what to look at, the likeliest first."""
     import numpy as np
 
@@ -252,7 +255,9 @@ def _hints(source: Any, recipe: TrainSpec, history: Sequence[Epoch]) -> tuple[st
     losses = [epoch.validation_loss for epoch in history]
     rate = recipe.optimiser.lr
     tail = losses[-max(2, len(losses) // 10) :]
-    if tail[-1] < tail[0] and tail[-1] < losses[0]:
+    if max(losses) - min(losses) < _PROGRESS * abs(losses[0]):
+        hints.append(f"the loss hardly moves: raise optimiser.lr ({rate:g})")
+    elif tail[-1] < tail[0] and tail[-1] < losses[0]:
         hints.append(
             f"the loss still falls after {len(losses)} epochs: raise optimiser.lr ({rate:g}), or "
             "lower bags.bags_per_step"

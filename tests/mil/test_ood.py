@@ -15,9 +15,13 @@ from bagscope.mil.statistics import statistics_of
 DIMENSION = 12
 
 
-def source_of(bags: list[np.ndarray]) -> ArraySource:
-    names = [f"c{place}" for place in range(len(bags))]
-    return ArraySource(bags, [Case(case_id=n, patient_id=n, slide_ids=(n,)) for n in names])
+def source_of(bags: list[np.ndarray], each: int = 1) -> ArraySource:
+    """Return bags as a source, `each` of a patient."""
+    cases = [
+        Case(case_id=f"c{place}", patient_id=f"p{place // each}", slide_ids=(f"c{place}",))
+        for place in range(len(bags))
+    ]
+    return ArraySource(bags, cases)
 
 
 def draw(generator: np.random.Generator, count: int) -> list[np.ndarray]:
@@ -39,19 +43,21 @@ def distances(train: list[np.ndarray], new: list[np.ndarray]) -> tuple[OodRefere
     return reference, np.array(found)
 
 
-def test_a_training_bag_is_judged_by_the_others_alone() -> None:
-    """Brute force: leave each bag out, compute both distances from the rest in plain NumPy."""
+@pytest.mark.parametrize("each", [1, 3])
+def test_a_training_bag_is_judged_by_the_other_patients_alone(each: int) -> None:
+    """Brute force: leave each patient out, compute both distances from the rest in plain NumPy."""
     bags = draw(np.random.default_rng(3), 9)
     bag, tile = [], []
     for place, one in enumerate(bags):
-        rest = [other for at, other in enumerate(bags) if at != place]
+        rest = [other for at, other in enumerate(bags) if at // each != place // each]
         means = np.array([other.mean(axis=0) for other in rest])
         tiles = np.concatenate(rest)
         wide = [values.var(axis=0) for values in (means, tiles)]
         wide = [np.maximum(values, 0.05**2 * values.mean()) for values in wide]
         bag.append(np.sqrt(((one.mean(axis=0) - means.mean(axis=0)) ** 2 / wide[0]).mean()))
         tile.append(np.sqrt(((one - tiles.mean(axis=0)) ** 2 / wide[1]).mean()))
-    reference, _ = distances(bags, [])
+    source = source_of(bags, each)
+    reference = reference_of(source, statistics_of(source))
     expected = np.sort(np.maximum(bag / np.median(bag), tile / np.median(tile)))
     np.testing.assert_allclose(reference.scores, expected, rtol=1e-9)
     assert reference.usual_bag == pytest.approx(np.median(bag))
