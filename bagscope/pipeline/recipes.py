@@ -31,8 +31,10 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpe
         options: nested as in the file; they win.
 
     Raises:
-        ConfigError: no such recipe, or an option that there is not.
+        ConfigError: no such recipe or aggregator, or an option that there is not.
     """
+    from bagscope.mil.aggregators.registry import aggregator_entry
+
     path = _path_of(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -40,7 +42,14 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpe
         raise ConfigError(f"{path}: could not be read as a recipe ({first_line(error)})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, expected blocks of options")
-    return parse_spec(TrainSpec, laid_over(values, options or {}), where=f"recipe {path.name}")
+    recipe = parse_spec(TrainSpec, laid_over(values, options or {}), where=f"recipe {path.name}")
+    aggregator = recipe.aggregator
+    parse_spec(
+        aggregator_entry(aggregator.name).options,
+        aggregator.options,
+        where=f"recipe {path.name}: aggregator {aggregator.name}",
+    )
+    return recipe
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
