@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bagscope.testing.aggregators import check_aggregator
     from bagscope.testing.encoders import check_encoder
+    from bagscope.testing.planted import PlantedBags, planted_bags
 
-__all__ = ["check_aggregator", "check_encoder"]
+__all__ = ["PlantedBags", "check_aggregator", "check_encoder", "planted_bags"]
 
-_HOMES = {"check_aggregator": "aggregators", "check_encoder": "encoders"}
+_HOMES = {
+    "PlantedBags": "planted",
+    "check_aggregator": "aggregators",
+    "check_encoder": "encoders",
+    "planted_bags": "planted",
+}
 
 
 def __getattr__(name: str) -> Any:
