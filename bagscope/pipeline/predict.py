@@ -168,6 +168,10 @@ def predict(request: PredictRequest, report: Reporter) -> PredictResult:
 
         assert place.study is not None, "only slides of a study can be extracted"
         location, made = make_features(place.study, bundle.origin, report)
+        if made[-1].interrupted:
+            return PredictResult(
+                report=made[-1], table=None, cases=0, flagged=(), made=(), notes=planned.notes
+            )
         place = dataclasses.replace(place, location=location)
         planned = dataclasses.replace(planned, place=place)
     cases, left_out = _with_features(planned, skip_missing=request.skip_missing)
@@ -197,10 +201,6 @@ def predict(request: PredictRequest, report: Reporter) -> PredictResult:
         )
         for case in cases
     }
-    if any(one.interrupted for one in made):
-        return PredictResult(
-            report=made[-1], table=None, cases=0, flagged=(), made=made, notes=planned.notes
-        )
     asked = run_cohort(
         [Job(slide_id=task.case.slide_ids[0], payload=task) for task in tasks.values()],
         score_one,

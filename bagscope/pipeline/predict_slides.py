@@ -56,7 +56,7 @@ def make_features(
         )
     result = extract_cohort(wanted, report, ExtractOptions())
     folder = study.folder / "features" / tiling_name(wanted.spec.tiling) / _folder_name(origin)
-    if not any(folder.glob("[!.]*.h5")):
+    if not result.report.interrupted and not any(folder.glob("[!.]*.h5")):
         raise ConfigError(
             f"{folder}: no slide could be extracted; run bagscope extract {study.folder} to see why"
         )

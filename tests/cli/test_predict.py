@@ -29,7 +29,7 @@ from tests.mil.made_bags import DIMENSION, TARGET, made_recipe, made_study
 Command = Callable[..., Ran]
 SMALL = (
     "--set", "aggregator.options={hidden: 8, attention: 4}", "--set", "optimiser.lr=0.01",
-    "--set", "training.epochs=3", "--set", "training.min_epochs=0",
+    "--set", "training.epochs=3", "--set", "training.min_epochs=0", "--set", "bags.bags_per_step=4",
 )  # fmt: skip
 
 
