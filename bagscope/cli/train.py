@@ -103,7 +103,7 @@ def train(
         )
         return
     if dry_run:
-        _print_plan(plan_training(opened, request), as_json=as_json)
+        _print_plan(plan_training(opened, request, dry_run=True), as_json=as_json)
         return
     result = train_run(opened, request, console.reporter(as_json=as_json))
     console.print_training(result, as_json=as_json)

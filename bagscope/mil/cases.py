@@ -185,7 +185,8 @@ def _agreed(
         ]
         problems.append(
             f"patient {members[0].patient_id}, column {', '.join(target.columns)}: its slides "
-            f"contradict each other ({listed(shown, 4)}); correct them, or train with --per slide"
+            f"contradict each other ({listed(shown, 4)}); correct them, or take each slide as a "
+            "bag (--per slide; of train, --set bags.per=slide)"
         )
     return next(iter(stated.values()))
 

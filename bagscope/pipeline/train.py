@@ -162,15 +162,23 @@ class PlannedRun:
     notes: tuple[str, ...]
 
 
-def plan_training(study: Study, request: TrainRequest) -> PlannedRun:
+def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False) -> PlannedRun:
     """Read labels, features and splits, and say what would be trained.
+
+    Splits that are missing are made, and written unless it is a dry run.
 
     Raises:
         ConfigError: a recipe, label or split that does not fit; names it.
         ArtifactError: no features.
     """
     from bagscope.features.store import FeatureStore
-    from bagscope.pipeline.train_data import find_features, labelled_study, split_plan
+    from bagscope.pipeline.splits import split_spec
+    from bagscope.pipeline.train_data import (
+        find_features,
+        labelled_study,
+        require_learnable,
+        split_plan,
+    )
 
     if not request.targets:
         raise ConfigError("nothing to predict; name a label column with --target")
@@ -184,7 +192,12 @@ def plan_training(study: Study, request: TrainRequest) -> PlannedRun:
         skip_missing=request.skip_missing,
     )
     table = labelled.table
-    plan, notes = split_plan(study, table, name=request.split, spec=study.spec.splits)
+    plan, notes = split_plan(
+        study, table, name=request.split, spec=split_spec(study), dry_run=dry_run
+    )
+    store = FeatureStore.open(location)
+    record = store.record(table.cases[0].slide_ids[0])
+    require_learnable(recipe, table, plan, record.shape[1])
     folder = study.folder / "runs" / (request.name or Path(request.recipe).stem)
     count = len(plan.splits) * len(request.seeds)
     cores = available_cores()
@@ -215,8 +228,6 @@ def plan_training(study: Study, request: TrainRequest) -> PlannedRun:
                 fold=split.fold,
                 seed=seed,
             )
-    store = FeatureStore.open(location)
-    record = store.record(table.cases[0].slide_ids[0])
     config = {
         "schema_version": 1,
         "numerics": NUMERICS,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bagscope.errors import ArtifactError, ConfigError
+import numpy as np
+import torch
+
+from bagscope.errors import ArtifactError, CohortError, ConfigError, SchemaError
 from bagscope.features.store import FeatureStore
+from bagscope.mil.aggregators.registry import build_aggregator
 from bagscope.mil.cases import CaseTable, Per, cases_of, listed
+from bagscope.mil.objectives.objective import build_objective
+from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.splits.checking import check_splits
 from bagscope.mil.splits.files import read_splits, write_splits
 from bagscope.mil.splits.making import make_splits
@@ -77,7 +84,9 @@ def labelled_study(
     """Gather the labelled cases of a study.
 
     Raises:
-        CohortError: labels that are none, contradict each other or are not there at all.
+        CohortError: labels that are none, contradict each other or are not there at all; cases
+            without a tile.
+        ConfigError: features of several encoders.
         ArtifactError: no features there.
     """
     store = FeatureStore.open(location)
@@ -88,13 +97,37 @@ def labelled_study(
         available=store.slide_ids,
         skip_missing=skip_missing,
     )
+    table = _with_tiles(table, store, skip_missing=skip_missing)
     return LabelledStudy(table=table, location=location, notes=table.notes)
 
 
+def require_learnable(recipe: TrainSpec, table: CaseTable, plan: SplitPlan, dimension: int) -> None:
+    """Refuse what no member could be trained with, before any is started.
+
+    Raises:
+        ConfigError: an aggregator or options of it that there are not.
+        CohortError: a training side whose labels nothing can be learnt from; names the split.
+    """
+    objective = build_objective(table.targets, recipe.objective)
+    aggregator = recipe.aggregator
+    with torch.random.fork_rng(devices=[]):
+        build_aggregator(aggregator.name, dimension, objective.outputs, aggregator.options)
+    for split in plan.splits:
+        cases = table.chosen(split.train)
+        labels = {
+            target.name: np.array([case.targets[target.name] for case in cases], np.float64)
+            for target in table.targets
+        }
+        try:
+            objective.fit(labels)
+        except CohortError as error:
+            raise CohortError(f"split {split.name}: {error}") from error
+
+
 def split_plan(
-    study: Study, table: CaseTable, *, name: str, spec: SplitSpec
+    study: Study, table: CaseTable, *, name: str, spec: SplitSpec, dry_run: bool = False
 ) -> tuple[SplitPlan, tuple[str, ...]]:
-    """Return a study's splits, made where there are none yet, and notes about them.
+    """Return a study's splits, made and written where there are none yet, and notes about them.
 
     Raises:
         ConfigError: the splits do not fit the cases, or are unsound.
@@ -103,9 +136,13 @@ def split_plan(
     notes: tuple[str, ...] = ()
     if not path.exists():
         plan = make_splits(table, spec)
-        write_splits(plan, path)
-        notes = (f"made splits/{name}.csv ({spec.method}); edit or replace it before training",)
-    plan = read_splits(path)
+        if dry_run:
+            notes = (f"splits/{name}.csv would be made ({spec.method})",)
+        else:
+            write_splits(plan, path)
+            notes = (f"made splits/{name}.csv ({spec.method}); edit or replace it before training",)
+    else:
+        plan = read_splits(path)
     if plan.per is not None and plan.per != table.per:
         raise ConfigError(
             f"{path}: splits cases per {plan.per}, and the run is per {table.per}; make other "
@@ -119,3 +156,25 @@ def split_plan(
     if faults := check_splits(plan, table):
         raise ConfigError(f"{path}: {'; '.join(faults[:10])}")
     return plan, (*notes, *plan.notes)
+
+
+def _with_tiles(table: CaseTable, store: FeatureStore, *, skip_missing: bool) -> CaseTable:
+    """Return the table without cases that have no tile, which are refused unless asked for."""
+    try:
+        counts = {s: store.record(s).shape[0] for case in table.cases for s in case.slide_ids}
+    except SchemaError as error:  # a folder of several encoders
+        raise ConfigError(str(error)) from error
+    empty = [case.case_id for case in table.cases if not any(counts[s] for s in case.slide_ids)]
+    if not empty:
+        return table
+    if not skip_missing or len(empty) == len(table.cases):
+        raise CohortError(
+            f"{len(empty)} of {len(table.cases)} cases have features of no tile ({listed(empty)}); "
+            "tile them with a lower min_tissue, or pass --skip-missing to leave them out"
+        )
+    return dataclasses.replace(
+        table,
+        cases=tuple(case for case in table.cases if case.case_id not in empty),
+        left_out={**table.left_out, **dict.fromkeys(empty, "has no tile")},
+        notes=(*table.notes, f"left out, has no tile: {listed(empty)} ({len(empty)})"),
+    )

@@ -53,6 +53,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
             remedy="choose another --name, or train anew with --overwrite",
         )
         load_member(task.folder)  # refuses what is damaged
+        (task.folder / STATE_NAME).unlink(missing_ok=True)  # killed just before it could
         return StageResult(
             outcome="skipped", fingerprint=fingerprint, content_hash=made["weights_sha256"]
         )
