@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from bagscope import __version__
+from bagscope.cli.compare import compare
 from bagscope.cli.convert import convert
 from bagscope.cli.demo import demo
 from bagscope.cli.doctor import doctor
@@ -60,6 +61,7 @@ for verb in (
     extract,
     train,
     evaluate,
+    compare,
     predict,
     convert,
     verify,

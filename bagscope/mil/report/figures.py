@@ -54,8 +54,10 @@ def figures_of(answers: Answers) -> list[Picture]:
     return found
 
 
-def forest(rows: Sequence[ForestRow], *, metric: str, chance: float | None) -> Picture:
-    """Draw a value with its interval per row: the model and what it has to beat."""
+def forest(
+    rows: Sequence[ForestRow], *, metric: str, chance: float | None, models_alone: bool = False
+) -> Picture:
+    """Draw a value with its interval per row: the model and what it has to beat, or models."""
     with canvas(6.6, 0.9 + 0.34 * len(rows)) as figure:
         axes = figure.subplots()
         places = np.arange(len(rows))[::-1]
@@ -75,13 +77,14 @@ def forest(rows: Sequence[ForestRow], *, metric: str, chance: float | None) -> P
         axes.spines["left"].set_visible(False)
         axes.grid(True, axis="x")
         axes.set_axisbelow(True)
+        shaded = "" if models_alone else " Shaded: the model's interval."
         return picture(
             figure,
-            name="baselines",
-            title="The model beside simple rivals",
-            caption=f"{metric} with 95 % intervals, on the same test patients. Shaded: the model's "
-            "interval. Whether a difference is more than chance is tested pair by pair below, "
-            "not read off overlapping intervals.",
+            name="models" if models_alone else "baselines",
+            title="The runs" if models_alone else "The model beside simple rivals",
+            caption=f"{metric} with 95 % intervals, on the same test patients.{shaded} Whether a "
+            "difference is more than chance is tested pair by pair below, not read off "
+            "overlapping intervals.",
         )
 
 
