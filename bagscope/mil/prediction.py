@@ -23,7 +23,7 @@ from bagscope.mil.inference import outputs
 from bagscope.mil.member import Member
 from bagscope.mil.ood import moments_of, ood_distance
 from bagscope.mil.prediction_table import target_columns
-from bagscope.mil.sources import BagSource
+from bagscope.mil.sources import BagSource, CaseBag, Rows
 from bagscope.mil.targets import TargetSpec
 
 Array = NDArray[np.float64]
@@ -69,12 +69,13 @@ class Panel:
                 f"{bag.case.case_id}: has features that are no finite numbers; extract them anew"
             )
         moments = moments_of(bag.features)
+        kept = _Kept(bag)
         found = []
         for member, model in zip(self.members, self._models, strict=True):
             recipe = member.recipe
             ((_, output),) = outputs(
                 model,
-                source,
+                kept,
                 recipe.bags,
                 device=self._device,
                 precision=recipe.training.precision,
@@ -98,6 +99,23 @@ class Panel:
             score_kind=found[0].score_kind,
             tile_slide=bag.tile_slide,
         )
+
+
+class _Kept:
+    """A source of one bag that was read before, so that each member does not read it again."""
+
+    def __init__(self, bag: CaseBag) -> None:
+        self._bag = bag
+        self.cases = (bag.case,)
+        self.lengths = np.array([len(bag.features)], np.int64)
+        self.dimension = int(bag.features.shape[1])
+
+    def grid(self, index: int) -> NDArray[np.int32] | None:
+        return self._bag.grid
+
+    def read(self, index: int, rows: Rows | None = None) -> CaseBag:
+        assert rows is None, "members are asked about whole bags"
+        return self._bag
 
 
 def mean_scores(scores: Sequence[Array], kind: ScoreKind) -> NDArray[np.float32]:
@@ -173,7 +191,7 @@ def combine(members: Sequence[Member], logits: Array) -> Predicted:
 def prediction_columns(
     targets: Sequence[TargetSpec], cases: Sequence[Case], predicted: Predicted
 ) -> dict[str, list[Any]]:
-    """Return the targets' columns of a table: labels, predictions, and `<column>_sd` beside each."""
+    """Return the targets' columns of a table: labels, predictions and the members' spread."""
     table: dict[str, list[Any]] = {}
     for target in targets:
         name = target.name
