@@ -317,3 +317,19 @@ def test_from_slides_it_tiles_and_extracts_as_the_model_was_trained(
     file = read_score_file(fresh / "predictions" / "r" / "fresh" / "scores" / "a.h5")
     np.testing.assert_array_equal(file.coords_l0, made.record("a").coords_l0)
     assert file.tile["tile_px"] == 128
+
+    # Features that are there are used as they are; the tile files are not even looked for.
+    shutil.rmtree(study / "tilings")
+    ran = bagscope("predict", model, study, "-j", 1)
+    assert ran.code == 0, ran.out
+    assert "extract/" not in ran.out
+    assert len(rows_of(study / "predictions" / "r" / "study" / "predictions.csv")) == 3
+    other = tmp_path / "other.bagscope"
+    strange = replace(origin, weights_sha256="cd" * 32)
+    write_bundle(other, run="r", per="slide", origin=strange, members=places)
+    for place, more in ((study, ()), (tmp_path / "third", ("--slides", slides))):
+        ran = bagscope("predict", other, place, *more, "-j", 1)
+        assert ran.code == 2
+        assert "weights_sha256 of color-texture is" in ran.err
+        assert "the model's is cdcdcdcdcdcd" in ran.err
+    assert not (tmp_path / "third" / "tilings").exists()
