@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,6 +80,29 @@ def dump_regions(
     frame: Frame = "qupath",
 ) -> str:
     """Return regions as GeoJSON text, one feature a line (see `write_regions`)."""
+    return "".join(
+        region_texts(
+            regions,
+            bounds_l0=bounds_l0,
+            slide_name=slide_name,
+            frame=frame,
+            class_names={r.class_name for r in regions},
+        )
+    )
+
+
+def region_texts(
+    regions: Iterable[Region],
+    *,
+    bounds_l0: RectL0,
+    slide_name: str,
+    frame: Frame,
+    class_names: Iterable[str],
+) -> Iterator[str]:
+    """Yield the parts of the text of `dump_regions`, for more regions than memory should hold.
+
+    `class_names` are those of all regions: they are stated before the first.
+    """
     shift = (bounds_l0.x_l0, bounds_l0.y_l0) if frame == "qupath" else (0, 0)
     about = {
         "schema": "regions",
@@ -92,28 +115,26 @@ def dump_regions(
             bounds_l0.width_l0,
             bounds_l0.height_l0,
         ],
-        "classes": {
-            name: MEANINGS.get(name, "") for name in sorted({r.class_name for r in regions} - {""})
-        },
+        "classes": {name: MEANINGS.get(name, "") for name in sorted({*class_names} - {""})},
     }
-    times_seen: Counter[str] = Counter()
-    features = []
+    times_seen: Counter[uuid.UUID] = Counter()
+    between = (
+        f'{{"type":"FeatureCollection","bagscope":{canonical_json(about).decode()},"features":[\n'
+    )
     for region in regions:
         geometry = _geometry_text(region.polygons, shift)
         properties = canonical_json(_properties(region)).decode()
         content = "\n".join((slide_name, frame, geometry, properties))
         # Twice the same region are two annotations in QuPath, and need two ids.
-        feature_id = uuid.uuid5(_NAMESPACE, f"{content}\n{times_seen[content]}")
-        times_seen[content] += 1
-        features.append(
-            f'{{"type":"Feature","id":"{feature_id}","geometry":{geometry},'
+        key = uuid.uuid5(_NAMESPACE, content)
+        feature_id = uuid.uuid5(_NAMESPACE, f"{content}\n{times_seen[key]}")
+        times_seen[key] += 1
+        yield (
+            f'{between}{{"type":"Feature","id":"{feature_id}","geometry":{geometry},'
             f'"properties":{properties}}}'
         )
-    listed = ",\n".join(features)
-    return (
-        f'{{"type":"FeatureCollection","bagscope":{canonical_json(about).decode()},"features":[\n'
-        f"{listed}\n]}}\n"
-    )
+        between = ",\n"
+    yield "\n]}\n" if between == ",\n" else f"{between}\n]}}\n"
 
 
 def _properties(region: Region) -> dict[str, Any]:
@@ -125,6 +146,8 @@ def _properties(region: Region) -> dict[str, Any]:
         label = {"name": names[0]} if len(names) == 1 else {"names": names}
         # Some versions of QuPath refuse a class without a colour.
         properties["classification"] = {**label, "color": list(class_colour(region))}
+    elif region.colour is not None:
+        properties["color"] = list(region.colour)
     if region.measurements:
         properties["measurements"] = dict(region.measurements)
     return properties
