@@ -340,7 +340,8 @@ def _with_features(
         return planned.cases, ()
     store = FeatureStore.open(str(planned.place.location))
     kept = [case for case in planned.cases if all(s in store for s in case.slide_ids)]
-    gone = [case.case_id for case in planned.cases if case not in kept]
+    there = {case.case_id for case in kept}
+    gone = [case.case_id for case in planned.cases if case.case_id not in there]
     if not kept:
         raise ConfigError(f"{store.location}: has features of none of the cohort's slides")
     return tuple(kept), (

@@ -262,6 +262,18 @@ def test_the_final_model_learns_from_all_for_as_long_as_the_folds_say(
     out = study / "predictions" / "r" / "study"
     assert {row["members"] for row in rows_of(out / "predictions.csv")} == {"1"}
 
+    # Members that were trained otherwise leave the final model behind, until it is made of them.
+    otherwise = (*asked[:-1], "--overwrite", "--set", "optimiser.lr=0.02")
+    assert bagscope(*otherwise).code == 0
+    assert (run / "final" / "member.json").exists()
+    assert load_bundle(run / "model.bagscope").default == "ensemble"
+    ran = bagscope(*asked, "--set", "optimiser.lr=0.02")
+    assert ran.code == 0, ran.out
+    assert load_bundle(run / "model.bagscope").default == "final"
+    ran = predict(bagscope, trained)
+    assert ran.code == 1
+    assert "members.final is" in ran.out
+
 
 def test_a_recipe_that_can_learn_a_few_cases_says_so_and_leaves_nothing(
     bagscope: Command, trained: Path
