@@ -35,7 +35,7 @@ class Answer:
 
     Attributes:
         logits: (members, C).
-        embedding: (members, E).
+        embedding: (members, E); NaN beyond the width of a member that was tuned to a smaller one.
         ood_distance: (members,) in units of each member's limit; NaN where unknown.
         scores: (n, K) float32, the mean over the members (see `mean_scores`).
         tile_slide: (n,) index into the case's slides.
@@ -82,9 +82,17 @@ class Panel:
                 scale=member.scale,
             )
             found.append(output)
+        kinds = sorted({output.score_kind for output in found})
+        if len(kinds) > 1:
+            raise ArtifactError(
+                f"{bag.case.case_id}: members give scores of kinds {' and '.join(kinds)}, which "
+                "have no mean; ask them one by one, or the final model"
+            )
         return Answer(
             logits=np.stack([output.logits[0].double().cpu().numpy() for output in found]),
-            embedding=np.stack([output.embedding[0].float().cpu().numpy() for output in found]),
+            embedding=_side_by_side(
+                [output.embedding[0].float().cpu().numpy() for output in found]
+            ),
             ood_distance=np.array(
                 [
                     math.nan
@@ -122,14 +130,28 @@ def mean_scores(scores: Sequence[Array], kind: ScoreKind) -> NDArray[np.float32]
     """Return the members' mean scores (n, K) of one bag's tiles.
 
     Of log weights, which each member states up to a constant, it is the log of the mean weight: the
-    weights of a column add up to 1 over the bag. Of logits it is their mean.
+    weights of a column add up to 1 over the bag. Of logits it is their mean. Where members have
+    numbers of columns of their own, each member's columns are averaged first.
     """
+    if len({one.shape[1] for one in scores}) > 1:
+        return mean_scores([mean_scores(_columns(one), kind).astype(float) for one in scores], kind)
     if kind == "log_weight":
         weights = [special.log_softmax(one, axis=0) for one in scores]
         mean = special.logsumexp(np.stack(weights), axis=0) - math.log(len(scores))
     else:
         mean = np.mean(np.stack(scores), axis=0)
     return np.asarray(mean, np.float32)
+
+
+def _columns(scores: Array) -> list[Array]:
+    return [scores[:, place, None] for place in range(scores.shape[1])]
+
+
+def _side_by_side(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    found = np.full((len(rows), max(map(len, rows))), np.nan, np.float32)
+    for place, row in enumerate(rows):
+        found[place, : len(row)] = row
+    return found
 
 
 def score_names(targets: Sequence[TargetSpec], columns: int) -> tuple[str, ...]:

@@ -2,14 +2,16 @@
 
 It is trained for the median of the members' best epochs (the higher of two in the middle), on the
 recipe's learning rates for all of its epochs, without an inner validation part; the last weights
-are kept. Its temperature and threshold are fitted on the members' pooled out-of-fold logits: each
-patient's are of members that never saw it. No figure of the run is measured on this model.
+are kept. Where members were tuned, recipe and epochs are those that most of them came to. Its
+temperature and threshold are fitted on the members' pooled out-of-fold logits: each patient's are
+of members that never saw it. No figure of the run is measured on this model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,12 +55,16 @@ def final_task(planned: PlannedRun, cases: Sequence[Case]) -> MemberTask:
     from bagscope.mil.member import read_facts
     from bagscope.pipeline.study import available_cores
 
+    tasks = list(planned.members.values())
+    # Members that were tuned each in their own fold may differ: what most came to, it is.
+    counts = Counter(task.recipe.model_dump_json() for task in tasks)
+    alike = [t for t in tasks if t.recipe.model_dump_json() == counts.most_common(1)[0][0]]
     epochs = []
-    for task in planned.members.values():
+    for task in alike:
         facts = read_facts(task.folder)
         assert facts is not None, "only a run whose members are finished has a final model"
         epochs.append(int(facts["epoch"]))
-    first = next(iter(planned.members.values()))
+    first = alike[0]
     return dataclasses.replace(
         first,
         folder=final_folder(planned.folder),

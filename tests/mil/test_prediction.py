@@ -154,6 +154,24 @@ def test_log_weights_are_averaged_as_weights_whatever_constant_a_member_adds() -
     np.testing.assert_allclose(logits, (one + other) / 2, rtol=1e-6, atol=1e-6)
 
 
+def test_members_that_were_tuned_apart_still_answer_together(members: list[Member]) -> None:
+    recipe = made_recipe(aggregator={"options": {"hidden": 5}})
+    trained = Trainer(recipe, [TARGET], made_source(12, name="t"), None, seed=0).run()
+    narrow = finish(trained, recipe, None, seed=0, fields={})
+    source = made_source(1, seed=8)
+    answer = Panel([members[0], narrow]).ask(source)
+    np.testing.assert_array_equal(answer.embedding[0], members[0].infer(source).embedding[0])
+    np.testing.assert_array_equal(answer.embedding[1, :5], narrow.infer(source).embedding[0])
+    assert np.isnan(answer.embedding[1, 5:]).all()
+    generator = np.random.default_rng(5)
+    one, other = generator.normal(size=(6, 1)), generator.normal(size=(6, 3))
+    weights = [np.exp(s) / np.exp(s).sum(axis=0) for s in (one, other)]
+    by_hand = (weights[0][:, 0] + weights[1].mean(axis=1)) / 2
+    np.testing.assert_allclose(
+        np.exp(mean_scores([one, other], "log_weight"))[:, 0], by_hand, rtol=1e-5
+    )
+
+
 def test_columns_of_scores_are_classes_where_there_is_one_each() -> None:
     assert score_names([TARGET], 2) == ("no", "yes")
     assert score_names([TARGET], 1) == ("0",)
