@@ -1,0 +1,262 @@
+"""Whether the tiles that a heatmap shows as hot are those that the prediction rests on.
+
+Deletion takes tiles out from the highest score down, insertion puts them in; the same is done in
+random orders. The score is
+
+    ½ · [ mean over shares (p of random deletion − p of deletion)
+        + mean over shares (p of insertion − p of random insertion) ]
+
+with p the answer that is explained, as a rule the probability of the predicted class: by how much
+further, on average over how many tiles are taken or given, p moves in the order of the heatmap than
+in random order. 0 is no better than chance, 1 the most there can be, below 0 the wrong way round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from bagscope.mil.explain.effects import share_of
+from bagscope.mil.explain.pools import Pool, Rows
+from bagscope.mil.explain.question import Array
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Of the tiles, at which curves are read; close together at first, as signals are often small."""
+THRESHOLD = 0.1
+"""Least score that needs no warning: ten points of probability, on average."""
+CHANCE = 0.05
+"""Largest share of random orders that may do as well without a warning."""
+ORDERS = 20
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curves:
+    """Answers along an order of tiles, for one order or several.
+
+    Attributes:
+        shares: (points,) of the tiles, taken out or put in.
+        answers: (orders, points) of the column that is explained.
+    """
+
+    shares: Array
+    answers: Array
+
+    @property
+    def means(self) -> Array:
+        """Return (orders,) the mean of each curve over the shares, by the trapezoid rule."""
+        width = self.shares[-1] - self.shares[0]
+        return np.asarray(np.trapezoid(self.answers, self.shares, axis=1) / width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Faithfulness:
+    """How far a heatmap is one of what drives the prediction.
+
+    Attributes:
+        score: see the module; NaN of a bag with a single tile.
+        low: lower end of the interval of the score over the random orders that it is held against.
+        high: its upper end.
+        chance: that a random order does as well: (1 + those that did) / (1 + all).
+        movable: most that the answer moved from that of the whole bag, in deletion by any order.
+        unit: what an answer counts in: 1 for probabilities.
+        deletion: one curve.
+        insertion: one curve.
+        random_deletion: a curve per random order.
+        random_insertion: likewise.
+    """
+
+    score: float
+    low: float
+    high: float
+    chance: float
+    movable: float
+    unit: float
+    deletion: Curves | None
+    insertion: Curves | None
+    random_deletion: Curves | None
+    random_insertion: Curves | None
+
+    @property
+    def warning(self) -> str:
+        """Return what to print on the heatmap; empty where it can be trusted."""
+        if math.isnan(self.score):
+            return "A single tile: nothing to compare it with."
+        if self.score >= THRESHOLD and self.chance <= CHANCE:
+            return ""
+        if self.movable < THRESHOLD * self.unit:
+            return (
+                "Attention does not drive this prediction: it stays, whether the tiles shown as "
+                "hot are taken out or random ones."
+            )
+        if self.high <= -THRESHOLD:
+            return (
+                "Attention does not drive this prediction: the tiles shown as hot speak against "
+                "it, which is surer without them."
+            )
+        return (
+            "Attention does not drive this prediction: taking out the tiles shown as hot changes "
+            "it little more than taking out random ones."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """How far several models' scores of the same tiles agree.
+
+    Attributes:
+        rank_correlation: Spearman's, the mean over pairs of models; NaN where none is defined.
+        lowest_correlation: of all pairs.
+        top_overlap: share of the top tiles that two models have in common, the mean over pairs.
+        chance_overlap: what it would be of random scores.
+        top_tiles: how many are the top.
+    """
+
+    rank_correlation: float
+    lowest_correlation: float
+    top_overlap: float
+    chance_overlap: float
+    top_tiles: int
+
+
+def order_of(scores: npt.ArrayLike) -> Rows:
+    """Return the places of scores (n,) from the highest down; equals in order of place.
+
+    Raises:
+        ValueError: not one finite number a tile.
+    """
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(
+            f"scores are {values.shape} with {int((~np.isfinite(values)).sum())} that are no "
+            "finite numbers; pass one finite score per tile"
+        )
+    return np.argsort(-values, kind="stable")
+
+
+def deletion(pool: Pool, orders: Sequence[Rows], column: int) -> Curves:
+    """Return the answers while the first tiles of each order are taken out, the whole bag first."""
+    counts = [0, *_counts(len(orders[0]))]
+    return _curves(pool, [[order[n:] for n in counts] for order in orders], counts, column)
+
+
+def insertion(pool: Pool, orders: Sequence[Rows], column: int) -> Curves:
+    """Return the answers to bags of the first tiles of each order, the whole bag last."""
+    counts = [*_counts(len(orders[0])), len(orders[0])]
+    return _curves(pool, [[order[:n] for n in counts] for order in orders], counts, column)
+
+
+def faithfulness(
+    pool: Pool,
+    rows: Rows,
+    scores: npt.ArrayLike,
+    *,
+    column: int | None = None,
+    orders: int = ORDERS,
+    seed: int = 0,
+    unit: float = 1.0,
+) -> Faithfulness:
+    """Measure a heatmap.
+
+    Args:
+        pool: of the model whose prediction is explained.
+        rows: of the bag in the pool.
+        scores: (n,) of these tiles, higher is hotter.
+        column: of the answers; the one decided for, or else the highest, where not given.
+        orders: random ones.
+        seed: of these.
+        unit: what an answer counts in; of a risk, say, its standard deviation over the cohort.
+
+    Raises:
+        ValueError: scores that are not one finite number a tile.
+    """
+    order = order_of(scores)
+    if len(order) != len(rows):
+        raise ValueError(f"{len(order)} scores for {len(rows)} tiles; give one each")
+    if len(rows) == 1:
+        return _nothing(unit)
+    whole = pool.answers([rows])
+    if column is None:
+        decided = int(pool.question.decided(whole)[0])
+        column = decided if decided >= 0 else int(whole[0].argmax())
+    generator = np.random.default_rng(seed)
+    random = [generator.permutation(rows) for _ in range(orders)]
+    down, up = deletion(pool, [rows[order]], column), insertion(pool, [rows[order]], column)
+    random_down, random_up = deletion(pool, random, column), insertion(pool, random, column)
+    gains = ((random_down.means - down.means) + (up.means - random_up.means)) / (2 * unit)
+    low, high = np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    moved = np.abs(np.concatenate([down.answers, random_down.answers]) - whole[0, column])
+    return Faithfulness(
+        score=float(gains.mean()),
+        low=float(low),
+        high=float(high),
+        chance=float((1 + (gains <= 0).sum()) / (1 + orders)),
+        movable=float(moved.max()),
+        unit=unit,
+        deletion=down,
+        insertion=up,
+        random_deletion=random_down,
+        random_insertion=random_up,
+    )
+
+
+def agreement(scores: Sequence[npt.ArrayLike], *, top_share: float = 0.05) -> Agreement:
+    """Compare the scores (n,) that several models, such as those of the folds, give the same tiles.
+
+    Raises:
+        ValueError: fewer than two models, or scores of different tiles.
+    """
+    each = [np.asarray(one, np.float64) for one in scores]
+    if len(each) < 2 or len({one.shape for one in each}) > 1:
+        raise ValueError("agreement takes the scores of two models or more, of the same tiles")
+    tiles = len(each[0])
+    top = share_of(tiles, top_share)
+    chosen = [order_of(one)[:top] for one in each]
+    ranks = [stats.rankdata(one) for one in each]
+    correlations, overlaps = [], []
+    for first, second in combinations(range(len(each)), 2):
+        overlaps.append(len(np.intersect1d(chosen[first], chosen[second])) / top)
+        if np.ptp(ranks[first]) and np.ptp(ranks[second]):
+            correlations.append(float(np.corrcoef(ranks[first], ranks[second])[0, 1]))
+    return Agreement(
+        rank_correlation=float(np.mean(correlations)) if correlations else math.nan,
+        lowest_correlation=min(correlations, default=math.nan),
+        top_overlap=float(np.mean(overlaps)),
+        chance_overlap=top / tiles,
+        top_tiles=top,
+    )
+
+
+def _counts(tiles: int) -> list[int]:
+    return sorted({min(share_of(tiles, share), tiles - 1) for share in SHARES})
+
+
+def _curves(
+    pool: Pool, selections: Sequence[Sequence[Rows]], counts: Sequence[int], column: int
+) -> Curves:
+    answers = pool.answers(selection for order in selections for selection in order)
+    return Curves(
+        shares=np.array(counts) / (counts[-1] if counts[0] else len(selections[0][0])),
+        answers=answers[:, column].reshape(len(selections), len(counts)),
+    )
+
+
+def _nothing(unit: float) -> Faithfulness:
+    return Faithfulness(
+        score=math.nan,
+        low=math.nan,
+        high=math.nan,
+        chance=math.nan,
+        movable=math.nan,
+        unit=unit,
+        deletion=None,
+        insertion=None,
+        random_deletion=None,
+        random_insertion=None,
+    )

@@ -1,0 +1,79 @@
+"""Subjects of trained models: a case's tiles as each member sees them, asked about together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bagscope.errors import ArtifactError
+from bagscope.mil.aggregators.registry import aggregator_entry
+from bagscope.mil.bags import Bags
+from bagscope.mil.explain.effects import Subject
+from bagscope.mil.explain.pools import BUDGET_TILES, MeanPool, Pool, pool_of, with_donors
+from bagscope.mil.explain.question import member_question
+from bagscope.mil.inference import DTYPES
+from bagscope.mil.loading import Presentation, load_batch
+from bagscope.mil.member import Member
+from bagscope.mil.sources import BagSource
+
+
+def member_bags(member: Member, source: BagSource, cases: Sequence[int]) -> Bags:
+    """Return cases as a member sees them, in full and standardised as in its training.
+
+    The first is the subject; the others' lattices lie beside its own.
+
+    Raises:
+        ArtifactError: features that are no finite numbers.
+    """
+    how = Presentation(
+        spec=member.recipe.bags,
+        dtype=DTYPES[member.recipe.training.precision],
+        scale=member.scale,
+    )
+    subject, *donors = (load_batch(source, (case,), how) for case in cases)
+    for bag in (subject, *donors):
+        if not bool(torch.isfinite(bag.features).all()):
+            raise ArtifactError(
+                f"{bag.bag_ids[0]}: has features that are no finite numbers; extract them anew"
+            )
+    return with_donors(subject, *donors)
+
+
+def member_subject(
+    members: Sequence[Member],
+    source: BagSource,
+    case: int,
+    *,
+    donors: Sequence[int] = (),
+    target: str | None = None,
+    model_id: str = "",
+    device: torch.device | str = "cpu",
+    budget_tiles: int = BUDGET_TILES,
+) -> Subject:
+    """Return a case to be asked about; several members answer by their mean.
+
+    The threshold is then the mean of theirs.
+
+    Args:
+        members: one or more.
+        source: of the cases.
+        case: place of the subject.
+        donors: places of the cases that tiles may be taken from.
+        target: what is asked; the first one where not given.
+        model_id: for tables.
+        device: that the models run on.
+        budget_tiles: shown to a model at a time, where it has no closed form.
+    """
+    name = members[0].targets[0].name if target is None else target
+    limits = [member.thresholds[name] for member in members if name in member.thresholds]
+    threshold = sum(limits) / len(limits) if len(limits) == len(members) else None
+    pools: list[Pool] = []
+    for member in members:
+        bags = member_bags(member, source, (case, *donors)).to(device)
+        entry = aggregator_entry(member.recipe.aggregator.name)
+        question = member_question(member, name, threshold=threshold)
+        budget = 1 if entry.mixes_bags else budget_tiles
+        pools.append(pool_of(member.model(device), bags, question, budget_tiles=budget))
+    pool = pools[0] if len(pools) == 1 else MeanPool(pools)
+    return Subject(bags=bags.to("cpu"), pool=pool, model_id=model_id)
