@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from bagscope.cohort.jobs import RunReport
     from bagscope.pipeline.extract import ExtractResult
-    from bagscope.pipeline.train import TrainResult
+    from bagscope.pipeline.train import PlannedRun, TrainResult
+    from bagscope.pipeline.tune import TuneResult, TuneTask
 
 MAX_FAILURES_SHOWN = 20
 
@@ -212,3 +213,32 @@ def print_training(result: TrainResult, *, as_json: bool) -> None:
         if result.bundle is not None:
             typer.echo(f"models: {result.bundle}")
         typer.echo(f"next: bagscope evaluate {result.folder}")
+
+
+def print_tuning(result: TuneResult, *, as_json: bool) -> None:
+    """Print what was chosen for each fold, and how training with it ended."""
+    if as_json:
+        print_json("tuned", {"chosen": {name: dict(v) for name, v in result.chosen.items()}})
+        return
+    print_report(result.tuned, as_json=as_json)
+    for split, options in result.chosen.items():
+        typer.echo(f"  {split}: {canonical_json(options).decode()}")
+    if result.trained is not None:
+        print_training(result.trained, as_json=as_json)
+
+
+def print_tuning_plan(planned: PlannedRun, tasks: Mapping[str, TuneTask], *, as_json: bool) -> None:
+    """Print what would be searched, on which cases."""
+    first = next(iter(tasks.values()))
+    if as_json:
+        space = {name: where.model_dump(mode="json") for name, where in first.space.items()}
+        print_json("plan", {**planned.config, "space": space, "trials": first.trials})
+        return
+    for note in planned.notes:
+        typer.echo(f"  note: {note}")
+    typer.echo(
+        f"{planned.folder}: {first.trials} trials on {first.inner_folds} inner folds for each of "
+        f"{len(tasks)} folds, over {', '.join(first.space)}"
+    )
+    for task in tasks.values():
+        typer.echo(f"  {task.split}: {len(task.cases)} cases to choose by")

@@ -11,6 +11,7 @@ import typer
 from bagscope.cli import console, options, target_options
 from bagscope.cli.target_options import targets_of
 from bagscope.cohort.jobs import parse_shard
+from bagscope.mil.training.tracking import TrackerName
 from bagscope.pipeline.overfit import Overfit, overfit_study
 from bagscope.pipeline.recipes import laid_over, parse_settings
 from bagscope.pipeline.study import open_study
@@ -70,6 +71,10 @@ def train(
             show_default=False,
         ),
     ] = None,
+    track: Annotated[
+        TrackerName | None,
+        typer.Option("--track", help="write the epochs for this tracker too", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
     workers: options.Workers = None,
     shard: options.Shard = None,
@@ -89,12 +94,13 @@ def train(
         name=name,
         features=features,
         encoder=encoder,
-        seeds=_seeds(seeds) or plan.seeds,
+        seeds=seeds_of(seeds) or plan.seeds,
         skip_missing=skip_missing,
         device=device,
         overwrite=overwrite,
         shard=parse_shard(shard) if shard else None,
         final=final,
+        track=track,
     )
     if overfit is not None:
         _print_overfit(
@@ -110,7 +116,8 @@ def train(
     raise typer.Exit(result.exit_code)
 
 
-def _seeds(text: str | None) -> tuple[int, ...]:
+def seeds_of(text: str | None) -> tuple[int, ...]:
+    """Return the seeds of `--seeds 0,1,2`; none where it is not given."""
     if not text:
         return ()
     parts = [part.strip() for part in text.split(",")]

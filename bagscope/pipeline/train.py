@@ -25,13 +25,14 @@ from bagscope.errors import ConfigError
 from bagscope.mil.cases import Case
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.targets import TargetSpec
-from bagscope.pipeline.recipes import load_recipe
+from bagscope.pipeline.recipes import laid_over, load_recipe
 from bagscope.pipeline.study import Study, available_cores
 from bagscope.pipeline.tile import run_options
 
 if TYPE_CHECKING:
     from bagscope.cohort.executors.local import LocalExecutor
     from bagscope.mil.splits.plan import SplitPlan
+    from bagscope.mil.training.tracking import TrackerName, Tracking
 
 STAGE, TEST_STAGE = "train", "test"
 CONFIG_NAME = "config.yaml"
@@ -60,6 +61,8 @@ class TrainRequest:
         overwrite: train anew what was trained otherwise.
         shard: (i, n), to train the i-th of n parts of the members.
         final: train a model on all patients too, once the members are finished.
+        track: "tensorboard" or "mlflow", to tell the epochs to as well.
+        tuned: further options of a split's members by its name, nested; they win.
     """
 
     targets: tuple[TargetSpec, ...]
@@ -75,6 +78,8 @@ class TrainRequest:
     overwrite: bool = False
     shard: tuple[int, int] | None = None
     final: bool = False
+    track: TrackerName | None = None
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,11 +209,12 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     threads = max(1, cores // min(count, cores))
     members, tests = {}, {}
     for split in plan.splits:
+        own = laid_over(request.settings, request.tuned.get(split.name, {}))
         for seed in request.seeds:
             name = f"fold_{split.name}_s{seed}"
             members[name] = MemberTask(
                 folder=folder / name,
-                recipe=recipe,
+                recipe=load_recipe(request.recipe, own),
                 targets=table.targets,
                 train=table.chosen(split.train),
                 inner=table.chosen(split.val),
@@ -228,7 +234,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
                 fold=split.fold,
                 seed=seed,
             )
-    config = {
+    config: dict[str, Json] = {
         "schema_version": 1,
         "numerics": NUMERICS,
         "recipe": recipe.model_dump(mode="json"),
@@ -252,6 +258,8 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
             "dimension": record.shape[1],
         },
     }
+    if request.tuned:
+        config["tuned"] = {name: dict(options) for name, options in request.tuned.items()}
     return PlannedRun(
         folder=folder,
         config=config,
@@ -270,8 +278,12 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         ConfigError, ArtifactError: as of `plan_training`.
         FingerprintMismatch: the run's name is taken by a run with other settings.
     """
+    from bagscope.mil.training.tracking import Tracking, require_tracker
+
+    require_tracker(request.track)
     planned = plan_training(study, request)
     _claim_run(planned, overwrite=request.overwrite)
+    tracking = Tracking(request.track, planned.folder) if request.track else None
     stage = f"{STAGE}/{planned.folder.name}"
     # Epochs may take long; what a worker may not be is silent.
     options = dataclasses.replace(
@@ -289,8 +301,10 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         status_dir=study.status_folder,
         options=options,
         report=report,
-        make_executor=lambda: _executor(stage, options, len(planned.members), report),
+        make_executor=lambda: _executor(stage, options, len(planned.members), report, tracking),
     )
+    if tracking is not None:
+        tracking.close()
     result = TrainResult(
         folder=planned.folder,
         trained=trained,
@@ -420,11 +434,21 @@ def _is_finished(folder: Path) -> bool:
     return (folder / FACTS_NAME).exists()
 
 
-def _executor(stage: str, options: RunOptions, members: int, report: Reporter) -> LocalExecutor:
+def _executor(
+    stage: str,
+    options: RunOptions,
+    members: int,
+    report: Reporter,
+    tracking: Tracking | None = None,
+) -> LocalExecutor:
     from bagscope.cohort.executors.local import LocalExecutor
+    from bagscope.mil.training.history import Epoch
 
     def on_message(name: str, message: bytes) -> None:
         facts = json.loads(message)
+        history = [Epoch(**values) for values in facts.pop("history")]
+        if tracking is not None and history:
+            tracking.add(name, history)
         report.emit(SlideTold(stage=stage, slide_id=name, text=facts.pop("text"), facts=facts))
 
     return LocalExecutor(

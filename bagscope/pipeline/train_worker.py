@@ -39,7 +39,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
     Raises:
         FingerprintMismatch: it was trained with other options or data.
     """
-    _set_up(task.threads)
+    set_up(task.threads)
     train = source_of(task.location, task.train)
     inner = source_of(task.location, task.inner) if task.inner else None
     fields = member_fields(task)
@@ -59,7 +59,13 @@ def train_task(name: str, task: MemberTask) -> StageResult:
         )
     if task.overwrite:
         _forget(task.folder, fingerprint)
-    began_s = time.monotonic()
+    began_s, told = time.monotonic(), 0
+
+    def tell(epoch: Epoch) -> None:
+        nonlocal told
+        _tell(task, epoch, began_s, trainer.history[told:])
+        told = len(trainer.history)
+
     trainer = Trainer(
         task.recipe,
         task.targets,
@@ -70,7 +76,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
         folder=task.folder,
         fingerprint=fingerprint,
         stop_after=task.stop_after,
-        on_epoch=lambda epoch: _tell(task, epoch, began_s),
+        on_epoch=tell,
     )
     trained = trainer.run()
     if task.out_of_fold:
@@ -99,7 +105,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
 
 def test_task(name: str, task: TestTask) -> StageResult:
     """Predict the test fold of a finished member."""
-    _set_up(task.threads)
+    set_up(task.threads)
     member = load_member(task.folder)
     source = source_of(task.location, task.cases)
     path = task.folder / PREDICTIONS_NAME
@@ -134,8 +140,8 @@ def member_fields(task: MemberTask) -> dict[str, Json]:
         "recipe": task.recipe.model_dump(mode="json"),
         "targets": [target.model_dump(mode="json") for target in task.targets],
         "seed": task.seed,
-        "train": artifacts.fingerprint(_described(task.train, store)),
-        "inner": artifacts.fingerprint(_described(task.inner, store)),
+        "train": artifacts.fingerprint(described(task.train, store)),
+        "inner": artifacts.fingerprint(described(task.inner, store)),
     }
     if task.stop_after is not None:
         fields["stop_after"] = task.stop_after
@@ -168,7 +174,8 @@ def _with_out_of_fold(trained: Trained, task: MemberTask) -> tuple[Trained, Stor
     return pooled, source_of(task.location, cases)
 
 
-def _described(cases: Sequence[Case], store: FeatureStore) -> dict[str, Json]:
+def described(cases: Sequence[Case], store: FeatureStore) -> dict[str, Json]:
+    """Return all that training sees of cases, as JSON."""
     return {
         case.case_id: {
             "patient": case.patient_id,
@@ -179,7 +186,8 @@ def _described(cases: Sequence[Case], store: FeatureStore) -> dict[str, Json]:
     }
 
 
-def _set_up(threads: int) -> None:
+def set_up(threads: int) -> None:
+    """Make this process ready to compute with so many threads."""
     avoid_broken_units()
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -202,7 +210,7 @@ def _state_of(path: Path) -> str:
         return ""
 
 
-def _tell(task: MemberTask, epoch: Epoch, began_s: float) -> None:
+def _tell(task: MemberTask, epoch: Epoch, began_s: float, new: Sequence[Epoch]) -> None:
     seconds = time.monotonic() - began_s
     most = task.stop_after or task.recipe.training.epochs
     rate = epoch.tiles / epoch.seconds if epoch.seconds else 0.0
@@ -221,6 +229,7 @@ def _tell(task: MemberTask, epoch: Epoch, began_s: float) -> None:
         "tiles_per_s": rate,
         "longest_left_s": epoch.seconds * (most - epoch.number),
         "seconds": seconds,
+        "history": [one.plain() for one in new],
     }
     worker.tell(json.dumps(facts).encode())
 

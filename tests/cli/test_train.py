@@ -363,6 +363,7 @@ def results_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.timeout(900)
 def test_killed_at_one_step_after_another_it_ends_at_the_same_bits(
     trained: Path, folder: Path
 ) -> None:

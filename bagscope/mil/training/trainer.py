@@ -158,6 +158,11 @@ class Trainer:
         self._watch = _Watch()
         self._history: list[Epoch] = []
 
+    @property
+    def history(self) -> tuple[Epoch, ...]:
+        """Return the epochs so far, also those of an earlier process."""
+        return tuple(self._history)
+
     def run(self) -> Trained:
         """Train to the end, from where an earlier run of the same training stopped.
 
