@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bagscope.cli import console, options
+
+if TYPE_CHECKING:
+    from bagscope.pipeline.evaluate import EvaluateResult
 
 
 def evaluate(
@@ -37,6 +40,11 @@ def evaluate(
     found = evaluate_run(
         EvaluateRequest(run=run, by=tuple(by or ()), features=features, resamples=resamples)
     )
+    print_evaluation(found, as_json=as_json)
+
+
+def print_evaluation(found: EvaluateResult, *, as_json: bool) -> None:
+    """Print what a run can claim, and where the report lies."""
     if as_json:
         console.print_json("evaluated", found.result.to_json())
         return

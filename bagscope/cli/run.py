@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 from bagscope.cli import console, options
+from bagscope.cli.evaluate import print_evaluation
 from bagscope.cohort.jobs import parse_shard
+from bagscope.cohort.progress import Reporter
 from bagscope.pipeline.extract import ExtractOptions, extract_cohort
-from bagscope.pipeline.study import open_study
+from bagscope.pipeline.study import Study, open_study
 from bagscope.pipeline.tile import tile_cohort
+from bagscope.pipeline.train import train_run
 
 
 def run(
@@ -57,7 +60,34 @@ def run(
         opened, listener, ExtractOptions(overwrite=overwrite, shard=part, executor=executor)
     )
     console.print_extraction(extracted, as_json=as_json)
-    raise typer.Exit(extracted.report.exit_code or tiled.exit_code)
+    if code := extracted.report.exit_code or tiled.exit_code:
+        if opened.spec.targets and not extracted.report.interrupted:
+            typer.echo(
+                "not trained: some slides have no features; correct them and run again, or leave "
+                f"them out with: bagscope train {study} --skip-missing",
+                err=True,
+            )
+        raise typer.Exit(code)
+    if part is None:
+        raise typer.Exit(_train(opened, listener, overwrite=overwrite, as_json=as_json))
+    if opened.spec.targets:
+        typer.echo(f"when all parts are done, go on with: bagscope train {study}", err=True)
+
+
+def _train(study: Study, listener: Reporter, *, overwrite: bool, as_json: bool) -> int:
+    """Train and evaluate what the study asks for; return the exit code."""
+    from bagscope.pipeline.line import training_requests
+
+    for request in training_requests(study, overwrite=overwrite):
+        trained = train_run(study, request, listener)
+        console.print_training(trained, as_json=as_json)
+        if trained.exit_code:
+            return trained.exit_code
+        if trained.is_complete:
+            from bagscope.pipeline.evaluate import EvaluateRequest, evaluate_run
+
+            print_evaluation(evaluate_run(EvaluateRequest(run=trained.folder)), as_json=as_json)
+    return 0
 
 
 def _pairs(given: list[str]) -> dict[str, str]:

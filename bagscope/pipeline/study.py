@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from bagscope.wsi.tiling import TilingSpec
 
 STUDY_NAME = "study.yaml"
 COHORT_NAME = "cohort.csv"
+_TARGETS = (
+    "targets: []  # what models are to predict; put lines such as these in place of [], and run trains:",
+    "#  - {column: label}  # classes; with task: ordinal, multilabel or regression, those",
+    "#  - {task: survival, time: days, event: died}",
+)
 
 
 class RunSpec(Spec):
@@ -165,9 +170,20 @@ def _slides_of(cohort: Cohort) -> list[tuple[str, str]]:
 def _template() -> str:
     """Return a study.yaml that states every option, its default and its meaning."""
     lines = [f"cohort: {COHORT_NAME}"]
-    for section, kind in (("tiling", TilingSpec), ("features", ExtractSpec), ("run", RunSpec)):
+    blocks: tuple[tuple[str, type[Spec], Collection[str]], ...] = (
+        ("tiling", TilingSpec, TilingSpec.model_fields),
+        ("features", ExtractSpec, ExtractSpec.model_fields),
+        # The other options belong to one method or another, and would be refused beside this one.
+        ("splits", SplitSpec, ("method", "folds", "val_share", "seed")),
+        ("train", RecipeSpec, RecipeSpec.model_fields),
+        ("run", RunSpec, RunSpec.model_fields),
+    )
+    for section, kind, names in blocks:
+        if section == "splits":
+            lines += ["", *_TARGETS]
         lines += ["", f"{section}:"]
-        for name, field in kind.model_fields.items():
+        for name in names:
+            field = kind.model_fields[name]
             value = field.get_default()
             if isinstance(value, Spec):
                 value = value.model_dump(mode="json")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bagscope.mil.splits.plan import SplitSpec
 from bagscope.pipeline.study import open_study
 from bagscope.specs import Spec
 from tests.cli.conftest import Ran, files_of, leftovers
@@ -26,7 +27,10 @@ def test_a_new_study_states_every_option_at_its_default(
     assert ran.code == 0
     assert "3 slides" in ran.out
     values = yaml.safe_load((study / "study.yaml").read_text())
-    for section in ("tiling", "run"):
+    assert values["targets"] == []
+    assert set(values["splits"]) == {"method", "folds", "val_share", "seed"}
+    assert open_study(study).spec.splits == SplitSpec()
+    for section in ("tiling", "features", "train", "run"):
         spec: Spec = getattr(open_study(study).spec, section)
         assert set(values[section]) == set(type(spec).model_fields)
         assert spec == type(spec)()
