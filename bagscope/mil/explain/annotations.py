@@ -135,11 +135,12 @@ def overlap_shares(
         tile_size_l0: side of a tile.
     """
     boxes = _boxes(coords_l0, tile_size_l0)
+    tree = shapely.STRtree(boxes)
     shares = np.zeros(len(boxes))
     for part in _parts(_area(regions)):
         # Parts of a union share no area, so their shares add up.
         shapely.prepare(part)
-        touches = np.flatnonzero(shapely.intersects(part, boxes))
+        touches = tree.query(part, predicate="intersects")
         inside = shapely.covers(part, boxes[touches])
         shares[touches[inside]] = 1.0
         edge = touches[~inside]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from bagscope.errors import ArtifactError
@@ -11,7 +12,7 @@ from bagscope.mil.aggregators.registry import aggregator_entry
 from bagscope.mil.bags import Bags
 from bagscope.mil.explain.effects import Subject
 from bagscope.mil.explain.pools import BUDGET_TILES, MeanPool, Pool, pool_of, with_donors
-from bagscope.mil.explain.question import member_question
+from bagscope.mil.explain.question import Array, member_question
 from bagscope.mil.inference import DTYPES
 from bagscope.mil.loading import Presentation, load_batch
 from bagscope.mil.member import Member
@@ -77,3 +78,20 @@ def member_subject(
         pools.append(pool_of(member.model(device), bags, question, budget_tiles=budget))
     pool = pools[0] if len(pools) == 1 else MeanPool(pools)
     return Subject(bags=bags.to("cpu"), pool=pool, model_id=model_id)
+
+
+def member_scores(
+    members: Sequence[Member],
+    source: BagSource,
+    case: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Array]:
+    """Return each member's own scores (n, K) of a case's tiles, for `faithfulness.agreement`."""
+    found = []
+    for member in members:
+        bags = member_bags(member, source, (case,)).to(device)
+        with torch.inference_mode():
+            scores = member.model(device)(bags).scores
+        found.append(np.asarray(scores.double().cpu().numpy()))
+    return found

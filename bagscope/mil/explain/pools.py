@@ -33,7 +33,7 @@ Rows = NDArray[np.int64]
 BUDGET_TILES = 1 << 16
 CANCELLING = 1e-4
 """Where less than this share of the weight is left, the sums are made anew, not by subtraction."""
-_CHUNK_TILES = 1 << 14
+_CHUNK_TILES = 1 << 13
 _CHECKED_TILES = 1 << 11
 _EXACT = 1e-9
 

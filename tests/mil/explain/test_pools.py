@@ -96,7 +96,7 @@ class Mixing(Aggregator):
         return replace(made, features=torch.cat([bag - bag.mean(0) for bag in each]))
 
 
-@pytest.mark.parametrize("chunk", [4, 1 << 14])
+@pytest.mark.parametrize("chunk", [4, 1 << 13])
 def test_terms_that_depend_on_other_tiles_are_not_used(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
