@@ -16,6 +16,9 @@ from bagscope.mil.bags import Bags
 Mask = Callable[[Tensor], Tensor]
 """Takes the logits (T, K) and gives them back with those of masked tiles far below all others."""
 
+_COLUMNS = 16
+"""As many as the pooling's kernel takes at a time."""
+
 
 class Branched(NamedTuple):
     """What M branches with H heads each make of B bags.
@@ -42,13 +45,17 @@ class Branched(NamedTuple):
         """Return the mean cosine of two branches' attention: (B,), the mean over heads too."""
         branches, heads = self.scores.shape[1:]
         weights = self.log_weights(cu_seqlens).exp().flatten(1)
-        products = []
-        for scores in self.scores.unbind(1):
-            # Σ a a' is what attention a pools of the column a'.
-            pooled = segment_softmax_pool(scores.contiguous(), weights, cu_seqlens).pooled
-            pooled = pooled.view(-1, heads, branches, heads)
-            products.append(pooled.diagonal(dim1=1, dim2=3))
-        gram = torch.stack(products, 1).movedim(3, 1)
+        # Σ a a' is what attention a pools of the column a'. For all pairs at once: on small bags,
+        # a call costs more than its products.
+        pooled = torch.cat(
+            [
+                segment_softmax_pool(part.contiguous(), weights, cu_seqlens).pooled
+                for part in self.scores.flatten(1).split(_COLUMNS, 1)
+            ],
+            1,
+        )
+        pooled = pooled.view(-1, branches, heads, branches, heads)
+        gram = pooled.diagonal(dim1=2, dim2=4).movedim(3, 1)
         norms = gram.diagonal(dim1=2, dim2=3).sqrt()
         cosines = gram / (norms[..., :, None] * norms[..., None, :])
         first, second = torch.triu_indices(branches, branches, offset=1, device=gram.device)
