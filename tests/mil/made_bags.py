@@ -62,16 +62,24 @@ def made_recipe(**blocks: dict[str, object]) -> TrainSpec:
 
 def made_study(folder: Path, count: int = 24, *, seed: int = 0) -> tuple[Path, Path]:
     """Write such bags as a study with features; return the study and the feature folder."""
+    return study_of(folder, *made_bags(count, seed=seed))
+
+
+def study_of(folder: Path, bags: list[NDArray[np.float32]], labels: list[int]) -> tuple[Path, Path]:
+    """Write bags as a study with features; return the study and the feature folder.
+
+    Labels stand in the column `label`; every second slide is of the same patient, so of four
+    labels, the first and the third must be equal, and the second and the fourth.
+    """
     from bagscope.cohort.progress import SilentReporter
     from bagscope.pipeline.convert import ConvertRequest, convert
     from bagscope.pipeline.study import init_study
 
-    bags, labels = made_bags(count, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(
         folder / "made.npz",
         x=np.concatenate(bags),
-        bag=np.repeat(np.arange(count), [len(bag) for bag in bags]).astype(np.int32),
+        bag=np.repeat(np.arange(len(bags)), [len(bag) for bag in bags]).astype(np.int32),
         y=np.array(labels),
     )
     features = folder / "features"

@@ -1,0 +1,124 @@
+"""What the benchmarks of training share: labelled arrays as a source, one training, kept results.
+
+Results are kept one file per training, so that an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bagscope.mil.cases import Case
+from bagscope.mil.inference import outputs
+from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.sources import ArraySource
+from bagscope.mil.targets import TargetSpec
+from bagscope.mil.training.trainer import Trained, Trainer
+
+TARGET = TargetSpec(column="label", classes=("no", "yes"))
+WORK = Path(tempfile.gettempdir()) / "bagscope-benchmarks"
+Bag = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """Bags (n, D) with a label each."""
+
+    bags: Sequence[Bag]
+    labels: NDArray[np.int64]
+
+    def source(self, places: NDArray[np.int64]) -> ArraySource:
+        """Return some of the bags as a source, a patient each."""
+        names = [f"bag{place:05d}" for place in places]
+        cases = [
+            Case(
+                case_id=name,
+                patient_id=name,
+                slide_ids=(name,),
+                targets={TARGET.name: (float(self.labels[place]),)},
+            )
+            for name, place in zip(names, places, strict=True)
+        ]
+        return ArraySource([self.bags[place] for place in places], cases)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What a trained model says of held-out bags.
+
+    Attributes:
+        margins: (n,) logit of yes less that of no.
+        tiles: (t,) of each bag, one score per tile, higher for yes.
+    """
+
+    margins: NDArray[np.float64]
+    tiles: tuple[NDArray[np.float64], ...]
+
+
+def train(
+    recipe: TrainSpec,
+    data: Labelled,
+    learn: NDArray[np.int64],
+    inner: NDArray[np.int64],
+    seed: int,
+    folder: Path | None = None,
+) -> Trained:
+    """Train on some bags, with an inner validation part of others.
+
+    Where a folder is given, an interrupted training goes on from its last epoch.
+    """
+    trainer = Trainer(
+        recipe, [TARGET], data.source(learn), data.source(inner), seed=seed, folder=folder
+    )
+    trained = trainer.run()
+    if folder is not None:
+        shutil.rmtree(folder)
+    return trained
+
+
+def score(trained: Trained, recipe: TrainSpec, data: Labelled, places: NDArray[np.int64]) -> Scored:
+    """Return what a trained model says of bags that it has not seen."""
+    from bagscope.mil.statistics import scale_of
+
+    scale = scale_of(trained.statistics) if recipe.bags.standardise else None
+    margins, tiles = [], []
+    for bags, output in outputs(trained.model, data.source(places), recipe.bags, scale=scale):
+        logits = output.logits.double().numpy()
+        margins.append(logits[:, 1] - logits[:, 0])
+        scores = output.scores.double().numpy()
+        if output.score_kind == "instance_logit":
+            scores = scores[:, 1] - scores[:, 0]
+        elif scores.shape[1] == 2:  # an attention per class: that of yes
+            scores = scores[:, 1]
+        else:
+            scores = scores[:, 0]
+        borders = bags.cu_seqlens.tolist()
+        tiles += np.split(scores, borders[1:-1])
+    return Scored(margins=np.concatenate(margins), tiles=tuple(tiles))
+
+
+def kept(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a file holds, made and written first where it is not there."""
+    if not path.exists():
+        found = json.dumps(dict(make()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(found, encoding="utf-8")
+        temporary.rename(path)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def widths(name: str, hidden: int, attention: int) -> dict[str, Any]:
+    """Return the options that make a recipe's aggregator so wide."""
+    if name in ("mean", "max"):
+        return {"hidden": hidden}
+    gates = "attention_width" if name == "acmil" else "attention"
+    return {"hidden": hidden, gates: attention}
