@@ -50,7 +50,7 @@ class Branched(NamedTuple):
         pooled = torch.cat(
             [
                 segment_softmax_pool(part.contiguous(), weights, cu_seqlens).pooled
-                for part in self.scores.flatten(1).split(_COLUMNS, 1)
+                for part in torch.split(self.scores.flatten(1), _COLUMNS, 1)
             ],
             1,
         )
