@@ -23,7 +23,7 @@ from bagscope.wsi.tiling import TilingSpec
 STUDY_NAME = "study.yaml"
 COHORT_NAME = "cohort.csv"
 _TARGETS = (
-    "targets: []  # what models are to predict; put lines such as these in place of [], and run trains:",
+    "targets: []  # what models are to predict; with lines such as these, run goes on to train:",
     "#  - {column: label}  # classes; with task: ordinal, multilabel or regression, those",
     "#  - {task: survival, time: days, event: died}",
 )

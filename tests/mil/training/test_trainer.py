@@ -235,3 +235,20 @@ def test_no_test_case_can_be_reached_from_a_trainer(tmp_path: Path) -> None:
             assert known <= texts  # so the walk is not blind
             assert not held_out & texts
             assert not [path for path in paths | texts if Path(path).stem in held_out]
+
+
+def test_the_reward_of_entropy_knows_the_length_of_each_bag() -> None:
+    runs = [
+        trained(
+            made_recipe(
+                training={"epochs": 1},
+                objective={"entropy": {"weight": 0.5, "per_log_n": per_log_n}},
+            )
+        )
+        for per_log_n in (False, True)
+    ]
+    plain, per_length = (run.history[0].losses["entropy"] for run in runs)
+    assert plain < 0
+    # Over log N, no bag's is below -1.
+    assert -1 <= per_length < 0
+    assert plain < per_length
