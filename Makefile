@@ -64,6 +64,7 @@ bench-gpu: $(READY) ## the kernels' tests and benchmarks on a CUDA device, a few
 drill: $(READY) ## kill runs at random moments and resume; damage files and find it
 	$(BIN)/python benchmarks/drill.py --kills 200
 	$(BIN)/python benchmarks/drill.py --stage extract --kills 100
+	$(BIN)/python benchmarks/drill.py --stage train --kills 20
 	$(BIN)/python benchmarks/drill_verify.py --damages 200
 
 golden: $(READY) ## write the golden files of tests/golden anew (a change wants a changelog line)

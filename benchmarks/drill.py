@@ -8,16 +8,20 @@ file under its final name must be the undisturbed run's, byte for byte; after th
 them must be, and no claim and no temporary may be left. Status files tell times and who did what,
 so of them the outcome, fingerprint, content hash and facts are compared.
 
-The command is `bagscope tile` on a small synthetic cohort, or with `--stage extract` the extraction
-of two encoders in one pass, tiles first; `--command` takes any other, in which {study} stands for
-the study folder and {slides} for the folder of slides with its cohort.csv.
+The command is `bagscope tile` on a small synthetic cohort, with `--stage extract` the extraction
+of two encoders in one pass, tiles first, and with `--stage train` the training of three folds on
+synthetic features; `--command` takes any other, in which {study} stands for the study folder and
+{slides} for the folder of slides with its cohort.csv. Of metrics.csv, the columns that tell seconds
+are not compared; until a member is finished, its metrics.csv and state.pt are its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import hashlib
+import io
 import json
 import os
 import random
@@ -40,11 +44,21 @@ COMMANDS = {
     "tile": f"{{python}} -m bagscope tile {_COMMON}",
     "extract": f"{{python}} -m bagscope extract {_COMMON} --device cpu --compile off "
     "--encoder color-texture,efficientnet-lite0",
+    "train": "{python} -m bagscope train {study} --features {slides}/features --target label "
+    "--recipe {slides}/recipe.yaml --workers 2",
 }
 SLIDES = 16
 SLIDE_PX = 1536
-RESULTS = {"tile": "drill.md", "extract": "drill_extract.md"}
+BAGS = 60
+TILES = 200
+RECIPE = """aggregator: {name: abmil, options: {hidden: 32, attention: 16}}
+bags: {bags_per_step: 4, sample_tiles: 100}
+training: {epochs: 25, patience: null, ema_decay: 0.9}
+"""
+RESULTS = {"tile": "drill.md", "extract": "drill_extract.md", "train": "drill_train.md"}
 STATUS_FIELDS = ("fingerprint", "content_hash", "facts", "error_class")
+UNFINISHED = ("metrics.csv", "state.pt")
+TIMED_COLUMNS = ("seconds", "waited_s")
 
 
 @dataclass
@@ -71,7 +85,8 @@ def main() -> int:
     arguments.result = arguments.result or Path(__file__).with_name(RESULTS[arguments.stage])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        slides = make_slides(folder / "slides", arguments.seed)
+        make = make_bags if arguments.stage == "train" else make_slides
+        slides = make(folder / "slides", arguments.seed)
         findings, length_s, files = drill(folder, slides, arguments)
     text = as_markdown(findings, length_s, files, arguments)
     print(text)
@@ -84,6 +99,42 @@ def make_slides(folder: Path, seed: int) -> Path:
 
     write_cohort(folder, slides=SLIDES, positives=3, size_px=SLIDE_PX, seed=seed, workers=1)
     return folder
+
+
+def make_bags(folder: Path, seed: int) -> Path:
+    """Write features of bags of which every second one holds a sign, and a study of them."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    bags = generator.normal(size=(BAGS, TILES, 16)).astype(np.float32)
+    labels = np.arange(BAGS) % 2
+    bags[labels == 1, 0, 0] += 6
+    folder.mkdir(parents=True)
+    np.savez(
+        folder / "bags.npz",
+        x=bags.reshape(-1, 16),
+        bag=np.repeat(np.arange(BAGS, dtype=np.int32), TILES),
+        y=labels,
+    )
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    for arguments in (
+        ["convert", folder / "bags.npz", folder / "features"],
+        ["init", folder / "study", "--slides", folder / "features" / "cohort.csv"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "bagscope", *map(str, arguments)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    (folder / "study" / "study.yaml").write_text("splits: {folds: 3}\n", encoding="utf-8")
+    return folder
+
+
+def begin_study(study: Path, slides: Path) -> None:
+    """Make the folder that a study goes into, or the study itself where the stage needs one."""
+    study.parent.mkdir(parents=True, exist_ok=True)
+    if (slides / "study").exists() and not study.exists():
+        shutil.copytree(slides / "study", study)
 
 
 def drill(folder: Path, slides: Path, arguments: argparse.Namespace) -> tuple[Findings, float, int]:
@@ -129,7 +180,7 @@ def command_of(study: Path, slides: Path, arguments: argparse.Namespace) -> list
 
 
 def require_success(study: Path, slides: Path, arguments: argparse.Namespace) -> None:
-    study.parent.mkdir(parents=True, exist_ok=True)
+    begin_study(study, slides)
     done = subprocess.run(
         command_of(study, slides, arguments),
         capture_output=True,
@@ -144,7 +195,7 @@ def require_success(study: Path, slides: Path, arguments: argparse.Namespace) ->
 
 def kill_at(moment_s: float, study: Path, slides: Path, arguments: argparse.Namespace) -> bool:
     """Start the command and kill its process group; return whether it was still running."""
-    study.parent.mkdir(parents=True, exist_ok=True)
+    begin_study(study, slides)
     process = subprocess.Popen(
         command_of(study, slides, arguments),
         stdout=subprocess.DEVNULL,
@@ -166,14 +217,16 @@ def look_at_the_dead(study: Path, expected: dict[str, str], findings: Findings) 
     claims = [name for name in found if name.endswith(".claim")]
     findings.met["with a claim held"] += bool(claims)
     findings.met["with a file half written, or not yet renamed"] += bool(temporaries)
-    made = [n for n in found if n.endswith(".h5")]
-    all_made = sum(name.endswith(".h5") for name in expected)
-    findings.met["with some slides made and some not"] += 0 < len(made) < all_made
+    ending = "member.json" if any(n.endswith("member.json") for n in expected) else ".h5"
+    made = [n for n in found if n.endswith(ending)]
+    all_made = sum(name.endswith(ending) for name in expected)
+    findings.met["with some artefacts made and some not"] += 0 < len(made) < all_made
     for name in found.keys() - set(temporaries) - set(claims):
-        # The closing sheet lists all slides and is made again whenever that changes.
-        is_tilings_sheet = name.endswith("contact_sheet.html")
+        # The closing sheet lists all slides and is made again whenever that changes; a member's
+        # history grows until there is a member.
+        is_unfinished = name.endswith("contact_sheet.html") or name.endswith(UNFINISHED)
         inside = any(part.endswith(".tmp") for part in Path(name).parts)
-        if not inside and not is_tilings_sheet and found[name] != expected.get(name):
+        if not inside and not is_unfinished and found[name] != expected.get(name):
             findings.faults.append(f"after kill {findings.kills}: {name} looks done and is not")
 
 
@@ -188,10 +241,16 @@ def contents(study: Path) -> dict[str, str]:
 
 def hash_of(path: Path, study: Path) -> str:
     content = path.read_bytes()
+    if path.name == "metrics.csv":
+        rows = csv.DictReader(io.StringIO(content.decode()))
+        kept_rows = [{k: v for k, v in row.items() if k not in TIMED_COLUMNS} for row in rows]
+        content = json.dumps(kept_rows).encode()
     is_status = path.relative_to(study).parts[0] == "status" and path.suffix == ".json"
     if is_status and not path.name.startswith("."):
         record = json.loads(content)
         kept = {name: record[name] for name in STATUS_FIELDS}
+        if path.relative_to(study).parts[1] == "train":
+            kept.pop("facts")  # among them a share of seconds; of a member found done there is none
         kept["good"] = record["outcome"] in ("done", "skipped")
         content = json.dumps(kept, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
