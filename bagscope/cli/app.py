@@ -19,6 +19,7 @@ from bagscope.cli.doctor import doctor
 from bagscope.cli.encoders import encoders
 from bagscope.cli.evaluate import evaluate
 from bagscope.cli.extract import extract
+from bagscope.cli.heatmap import heatmap
 from bagscope.cli.init import init
 from bagscope.cli.predict import predict
 from bagscope.cli.run import run
@@ -63,6 +64,7 @@ for verb in (
     evaluate,
     compare,
     predict,
+    heatmap,
     convert,
     verify,
     run,

@@ -32,7 +32,7 @@ Task = Literal["classes", "multilabel"]
 """Of which targets a logit has a probability: one class of several, or each class by itself."""
 
 MEANINGS: dict[ScaleName, str] = {
-    "ratio": "Attention, times uniform",
+    "ratio": "Attention relative to uniform",
     "logit": "The model's own number",
     "percentile": "Percentile within the slide",
     "probability": "Probability, each tile alone",

@@ -1,0 +1,42 @@
+"""The scores of a whole bag, which weights add up to 1 over: a patient's slides taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bagscope.errors import SchemaError
+
+if TYPE_CHECKING:
+    from bagscope.mil.score_file import ScoreFile
+
+
+def slides_of_bag(file: ScoreFile) -> tuple[str, ...]:
+    """Return the slides whose tiles were in one bag with a file's."""
+    return tuple(file.fields.get("slides", (file.slide_id,)))
+
+
+def bag_scores(file: ScoreFile, beside: Mapping[str, ScoreFile]) -> NDArray[np.float32]:
+    """Return the scores (N, K) of a file's whole bag.
+
+    Args:
+        file: of one slide.
+        beside: the files of its bag's other slides, by slide.
+
+    Raises:
+        SchemaError: one of them is missing, or of another answer.
+    """
+    parts = []
+    for slide_id in slides_of_bag(file):
+        other = file if slide_id == file.slide_id else beside.get(slide_id)
+        if other is None or other.fields != file.fields:
+            what = "missing" if other is None else "of another model, or of other features"
+            raise SchemaError(
+                f"the scores of {slide_id}, a slide of the same patient, are {what}, and weights "
+                "add up to 1 over both; predict anew"
+            )
+        parts.append(other.scores)
+    return np.concatenate(parts)

@@ -1,0 +1,316 @@
+"""The heatmap stage: score files of a run or a prediction → a folder of pictures and files a slide.
+
+Colours are the same for all slides of the run, whether they are drawn now or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bagscope import artifacts
+from bagscope.cohort.jobs import Job, RunReport, StageResult
+from bagscope.cohort.progress import Reporter
+from bagscope.cohort.runner import run_cohort
+from bagscope.errors import ArtifactError, ConfigError
+from bagscope.heatmaps.geojson import MAX_TILES
+from bagscope.heatmaps.scores import Column, ScaleName, on_scale, pick_column, require_scale
+from bagscope.pipeline.bundle import SCORES_NAME
+from bagscope.pipeline.heatmap_captions import CaseCaption, read_captions
+from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, RunSpec, Study, open_study
+from bagscope.pipeline.tile import run_options
+from bagscope.specs import did_you_mean
+from bagscope.wsi.geojson import Frame
+
+if TYPE_CHECKING:
+    from bagscope.heatmaps.colours import ColourScale
+    from bagscope.mil.score_file import ScoreFile
+
+STAGE = "heatmap"
+FORMATS = (
+    "png", "svg", "geojson", "geojson.gz", "geojson.zip", "csv", "parquet",
+)  # fmt: skip
+DEFAULT_FORMATS = ("png", "geojson")
+WORKER_MODULES = ("bagscope.pipeline.heatmap_worker",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeatmapRequest:
+    """Which heatmaps are wanted.
+
+    Attributes:
+        place: a run, or a folder of predictions.
+        slides: ids; all if empty.
+        scale: of the scores; the usual one of the model's kind if None.
+        class_name: whose scores are drawn, where there are several.
+        formats: of the files.
+        frame: where the (0, 0) of GeoJSON and rasters lies.
+        levels: from which score on a region is hot; the scale's usual ones if None.
+        max_tiles: with more tiles than this GeoJSON has regions only.
+        limits: first and last number of the colours; from all slides if None.
+        out: folder for the output; `heatmaps/<run>` of the study if None.
+        workers: processes; the study's setting if None.
+        shard: (i, n), to draw the i-th of n parts of the slides.
+    """
+
+    place: Path
+    slides: tuple[str, ...] = ()
+    scale: ScaleName | None = None
+    class_name: str | None = None
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    frame: Frame = "qupath"
+    levels: tuple[float, ...] | None = None
+    max_tiles: int = MAX_TILES
+    limits: tuple[float, float] | None = None
+    out: Path | None = None
+    workers: int | None = None
+    overwrite: bool = False
+    shard: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeatmapTask:
+    """All that a worker needs to draw one slide.
+
+    Attributes:
+        scores: the slide's score file; those of its patient's other slides lie beside it.
+        target: the folder to make.
+        slide: the slide's file, None where the cohort names none.
+        tilings: folder of the study's tilings, for the tissue's outline.
+        task: of the model's target, None where unknown.
+    """
+
+    slide_id: str
+    scores: Path
+    target: Path
+    slide: Path | None
+    slide_mpp: float | None
+    tilings: Path | None
+    scale: ScaleName
+    column: Column
+    colours: ColourScale
+    task: str | None
+    caption: CaseCaption
+    source: str
+    formats: tuple[str, ...]
+    frame: Frame
+    levels: tuple[float, ...] | None
+    max_tiles: int
+    overwrite: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedHeatmaps:
+    """Heatmaps before they are drawn.
+
+    Attributes:
+        folder: of the output; a slide's files lie in `<slide_id>/<drawn>/`.
+        drawn: the scale, and the class where there is one, as a folder's name.
+        colours: of all slides.
+        of: whose scores are drawn; empty where a model has but one column, or their mean.
+        tasks: by slide.
+        notes: sentences that the user should see.
+    """
+
+    folder: Path
+    status_dir: Path
+    run: RunSpec
+    name: str
+    drawn: str
+    colours: ColourScale
+    of: str
+    tasks: Mapping[str, HeatmapTask]
+    notes: tuple[str, ...]
+
+
+def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
+    """Find what is to be drawn, on which scale and in which colours.
+
+    Raises:
+        ConfigError: no scores there, or options that do not fit them.
+    """
+    _require_known_formats(request.formats)
+    study, name = _study_of(request)
+    files, notes = _score_files(request)
+    wanted = _wanted(request.slides, tuple(files))
+    first = next(iter(files.values()))
+    task = _task_of(request.place, study)
+    scale = require_scale(request.scale, first.score_kind, task)
+    captions = read_captions(request.place / "predictions.csv")
+    columns = {
+        slide_id: pick_column(
+            file.score_names, request.class_name, captions[file.case_id].predicted
+        )
+        for slide_id, file in files.items()
+    }
+    colours, unusable = _colours(request, files, columns, scale, task)
+    shown = {columns[slide_id].name for slide_id in files}
+    of = shown.pop() if len(shown) == 1 else "the predicted class"
+    drawn = scale if not of else f"{scale}-{of}"
+    if artifacts.portable_name_problem(drawn):
+        drawn = f"{scale}-{first.score_names.index(of)}" if of in first.score_names else scale
+    folder = request.out or (study.folder / "heatmaps" / name if study else None)
+    if folder is None:
+        raise ConfigError(f"{request.place}: in no study; name where the output goes with --out")
+    rows = {row.slide_id: row for row in study.cohort().rows} if study else {}
+    tasks = {
+        slide_id: HeatmapTask(
+            slide_id=slide_id,
+            scores=request.place / SCORES_NAME / f"{slide_id}.h5",
+            target=folder / slide_id / drawn,
+            slide=rows[slide_id].path if slide_id in rows else None,
+            slide_mpp=rows[slide_id].mpp if slide_id in rows else None,
+            tilings=study.folder / "tilings" if study else None,
+            scale=scale,
+            column=columns.get(slide_id, columns[first.slide_id]),
+            colours=colours,
+            task=task,
+            caption=captions[files[slide_id].case_id if slide_id in files else slide_id],
+            source=f"scores of {name}",
+            formats=request.formats,
+            frame=request.frame,
+            levels=request.levels,
+            max_tiles=request.max_tiles,
+            overwrite=request.overwrite,
+        )
+        for slide_id in wanted
+    }
+    return PlannedHeatmaps(
+        folder=folder,
+        status_dir=study.status_folder if study else folder / "status",
+        run=study.spec.run if study else RunSpec(workers=request.workers),
+        name=name,
+        drawn=drawn,
+        colours=colours,
+        of=of,
+        tasks=tasks,
+        notes=(*notes, *unusable),
+    )
+
+
+def draw_heatmaps(planned: PlannedHeatmaps, request: HeatmapRequest, report: Reporter) -> RunReport:
+    """Draw planned heatmaps; resumes where an earlier call stopped."""
+    options = run_options(planned.run, request.shard, "local", preload=WORKER_MODULES)
+    folders = tuple(task.target.parent for task in planned.tasks.values())
+    return run_cohort(
+        [Job(slide_id=slide_id, payload=task) for slide_id, task in planned.tasks.items()],
+        heatmap_one,
+        stage=f"{STAGE}/{planned.name}/{planned.drawn}",
+        status_dir=planned.status_dir,
+        options=dataclasses.replace(options, sweep=folders),
+        report=report,
+    )
+
+
+def heatmap_one(job: Job) -> StageResult:
+    """Draw one slide, in a worker."""
+    from bagscope.pipeline.heatmap_worker import heatmap_task
+
+    return heatmap_task(job.payload)
+
+
+def _require_known_formats(formats: Sequence[str]) -> None:
+    for name in formats:
+        if name not in FORMATS:
+            raise ConfigError(f"--formats: no format {name!r}{did_you_mean(name, FORMATS)}")
+    if not formats:
+        raise ConfigError(f"--formats names none; choose of {', '.join(FORMATS)}")
+
+
+def _study_of(request: HeatmapRequest) -> tuple[Study | None, str]:
+    """Return the study that a run or a prediction lies in, and the name of its heatmaps."""
+    place = request.place.resolve()
+    if not place.is_dir():
+        raise ConfigError(f"{request.place}: no such folder; name a run, or a prediction")
+    for above, name in (
+        (place.parents[1], place.name),
+        # A model's answers about two cohorts, and its own run, are three sets of heatmaps.
+        (place.parents[min(2, len(place.parents) - 1)], f"{place.parent.name}.{place.name}"),
+    ):
+        if (above / STUDY_NAME).exists() or (above / COHORT_NAME).exists():
+            return open_study(above, {"run": {"workers": request.workers}}), name
+    return None, place.name
+
+
+def _score_files(request: HeatmapRequest) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
+    """Return the readable score files by slide; one that is not fails by itself when drawn."""
+    from bagscope.mil.score_file import read_score_file
+
+    folder = request.place / SCORES_NAME
+    paths = sorted(folder.glob("[!.]*.h5"))
+    if not paths:
+        raise ConfigError(
+            f"{folder}: no scores there; name a run that has come to its end, or a prediction"
+        )
+    files, damaged = {}, []
+    for path in paths:
+        try:
+            files[path.stem] = read_score_file(path)
+        except ArtifactError as error:
+            damaged.append(str(error))
+    if not files:
+        raise ConfigError(damaged[0])
+    kinds = {(file.score_kind, file.score_names) for file in files.values()}
+    if len(kinds) > 1:
+        raise ConfigError(f"{folder}: holds scores of different models; predict anew")
+    return files, tuple(damaged)
+
+
+def _wanted(slides: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+    for slide_id in slides:
+        if slide_id not in there:
+            raise ConfigError(f"--slide {slide_id}: has no scores{did_you_mean(slide_id, there)}")
+    return tuple(dict.fromkeys(slides)) or tuple(there)
+
+
+def _task_of(place: Path, study: Study | None) -> str | None:
+    """Return the task of the model's only target, None where that can't be known."""
+    from bagscope.mil.bundle import BUNDLE_NAME, DESCRIPTION_NAME
+
+    runs = (
+        [place] if study is None else [place, study.folder / "runs" / place.resolve().parent.name]
+    )
+    for run in runs:
+        path = run / BUNDLE_NAME / DESCRIPTION_NAME
+        if path.is_file():
+            models = artifacts.read_json(path)["models"].values()
+            targets = list(next(iter(models))["targets"].values())
+            return str(targets[0]["task"]) if len(targets) == 1 else None
+    return None
+
+
+def _colours(
+    request: HeatmapRequest,
+    files: Mapping[str, ScoreFile],
+    columns: Mapping[str, Column],
+    scale: ScaleName,
+    task: str | None,
+) -> tuple[ColourScale, tuple[str, ...]]:
+    """Return the colours of all slides, and what stands in the way of some."""
+    from bagscope.heatmaps.bag_scores import bag_scores
+    from bagscope.heatmaps.colours import shared_scale, usual_range
+
+    limits = request.limits
+    if limits is not None and not limits[0] < limits[1]:
+        raise ConfigError(f"--range {limits[0]:g} {limits[1]:g}: the second must be the larger")
+    if limits is not None and scale == "ratio" and limits[0] <= 0:
+        raise ConfigError(f"--range {limits[0]:g} …: a ratio is above 0; start above it")
+    ranges, notes = [], []
+    if limits is None and scale in ("ratio", "logit"):
+        for slide_id, file in files.items():
+            try:
+                values = on_scale(
+                    file.scores,
+                    file.score_kind,
+                    scale,
+                    columns[slide_id],
+                    bag_scores=bag_scores(file, files),
+                )
+                ranges.append(usual_range(values))
+            except ArtifactError as error:
+                notes.append(f"{slide_id}: {error}")
+    kind = next(iter(files.values())).score_kind
+    return shared_scale(scale, kind, ranges, limits=limits), tuple(notes)

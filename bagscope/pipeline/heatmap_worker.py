@@ -1,0 +1,250 @@
+"""Drawing one slide inside a worker process: everything between its scores and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bagscope import artifacts
+from bagscope.artifacts import Json
+from bagscope.cohort.jobs import StageResult
+from bagscope.errors import ArtifactError, SchemaError
+from bagscope.heatmaps.bag_scores import bag_scores, slides_of_bag
+from bagscope.heatmaps.geojson import write_geojson
+from bagscope.heatmaps.overview import Caption, draw_overview, picture_frame, slide_picture
+from bagscope.heatmaps.scores import Column, on_scale, scales_for
+from bagscope.heatmaps.table import write_table
+from bagscope.heatmaps.tile_places import TilePlaces, places_of, require_same_slide
+from bagscope.mil.score_file import ScoreFile, read_score_file
+from bagscope.pipeline.heatmap import HeatmapTask
+from bagscope.pipeline.tile import scene_of
+from bagscope.wsi.geojson_parse import parse_features
+from bagscope.wsi.identity import slide_identity
+from bagscope.wsi.opening import open_slide
+from bagscope.wsi.outline import TISSUE, Region
+from bagscope.wsi.tile_file import TileFile, read_tile_file
+
+NUMERICS = 1
+"""Raised by hand, with a changelog line, when the same scores would be drawn differently."""
+
+Measured = dict[str, NDArray[np.float64]]
+
+
+def heatmap_task(task: HeatmapTask) -> StageResult:
+    """Draw one slide, unless it was drawn so already.
+
+    A heatmap that lacks a format, or was drawn without its slide, is drawn again with all of them.
+
+    Raises:
+        FingerprintMismatch: it was drawn otherwise.
+        SlideError: the slide is not the one that the tiles were cut from, or can't be read.
+        ArtifactError: scores that are damaged, or no numbers.
+    """
+    file = read_score_file(task.scores)
+    places = places_of(file.coords_l0, file.grid, file.tile, len(file.scores))
+    slide = task.slide if task.slide is not None and task.slide.exists() else None
+    if not places.is_slide:
+        slide = None
+    tissue = _tissue(task, file)
+    fields = _fields(task, file, slide, tissue)
+    stored = _stored(task.target)
+    facts: dict[str, Json] = {"tiles": len(places)}
+    if stored is not None and not task.overwrite:
+        fields = _grown(fields, stored)
+        artifacts.require_same(
+            _compared(stored, fields),
+            _compared(fields, stored),
+            what=str(task.target),
+            remedy="replace it with --overwrite",
+        )
+        if fields == stored:
+            return StageResult(
+                outcome="skipped", fingerprint=artifacts.fingerprint(fields), facts=facts
+            )
+    measured = _measured(task, file)
+    values = measured[_measurement(task.scale, task.column, file)]
+    warnings = list(places.notes)
+    if slide is None and places.is_slide:
+        where = "is in no cohort of this study" if task.slide is None else "is not at its path"
+        warnings.append(f"the slide {where}: its tiles are drawn alone")
+    with artifacts.atomic_folder(task.target, fields, replace=True) as folder:
+        formats: list[str] = fields["formats"]
+        pictures = [name for name in formats if name in ("png", "svg")]
+        if pictures:
+            for name, content in _overview(task, pictures, places, values, slide).items():
+                artifacts.write_bytes(folder / f"overview.{name}", content)
+        for name in formats:
+            if name not in pictures:
+                warnings += _write(task, folder, name, file, places, values, measured, tissue)
+    return StageResult(
+        outcome="done",
+        fingerprint=artifacts.fingerprint(fields),
+        facts=facts,
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+# --- what was drawn before ------------------------------------------------------------------
+
+
+def _fields(
+    task: HeatmapTask, file: ScoreFile, slide: Path | None, tissue: Sequence[Region]
+) -> dict[str, Json]:
+    return {
+        "stage": "heatmap",
+        "numerics": NUMERICS,
+        "scores": artifacts.fingerprint(file.fields),
+        "scale": task.scale,
+        "class": task.column.name,
+        "colours": task.colours.fields(),
+        "caption": task.caption.text,
+        "source": task.source,
+        "frame": task.frame,
+        "levels": None if task.levels is None else list(task.levels),
+        "max_tiles": task.max_tiles,
+        "tissue": len(tissue),
+        "slide": None if slide is None else slide_identity(slide),
+        "formats": sorted(task.formats),
+    }
+
+
+def _stored(target: Path) -> dict[str, Json] | None:
+    """Return what a heatmap that is there was made of; None where there is none to trust."""
+    try:
+        fields: dict[str, Json] = artifacts.read_complete(target)["fields"]
+        return fields
+    except SchemaError:
+        return None
+
+
+def _grown(fields: dict[str, Json], stored: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the fields with the formats that are there too, and with the slide if it has moved."""
+    return {
+        **fields,
+        "formats": sorted({*fields["formats"], *stored.get("formats", ())}),
+        "slide": fields["slide"] or stored.get("slide"),
+    }
+
+
+def _compared(fields: Mapping[str, Json], other: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the fields that must be the same; formats and a slide may be added."""
+    added = {"formats"} | (
+        {"slide"} if None in (fields.get("slide"), other.get("slide")) else set()
+    )
+    return {name: value for name, value in fields.items() if name not in added}
+
+
+# --- numbers --------------------------------------------------------------------------------
+
+
+def _measured(task: HeatmapTask, file: ScoreFile) -> Measured:
+    """Return every column of the scores on every scale that it has."""
+    others = {
+        slide_id: read_score_file(task.scores.with_name(f"{slide_id}.h5"))
+        for slide_id in slides_of_bag(file)
+        if slide_id != file.slide_id
+    }
+    bag = bag_scores(file, others)
+    columns = [Column(name=name, index=i) for i, name in enumerate(file.score_names)]
+    if task.column.index is None:
+        columns.append(task.column)
+    return {
+        _measurement(scale, column, file): on_scale(
+            file.scores, file.score_kind, scale, column, bag_scores=bag, task=task.task
+        )
+        for scale in scales_for(file.score_kind, task.task)
+        for column in columns
+    }
+
+
+def _measurement(scale: str, column: Column, file: ScoreFile) -> str:
+    if len(file.score_names) == 1:
+        return scale
+    return f"{scale}_mean" if column.index is None else f"{scale}_{file.score_names[column.index]}"
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def _write(
+    task: HeatmapTask,
+    folder: Path,
+    name: str,
+    file: ScoreFile,
+    places: TilePlaces,
+    values: NDArray[np.float64],
+    measured: Measured,
+    tissue: Sequence[Region],
+) -> Sequence[str]:
+    """Write one format into a folder; return sentences for the user."""
+    if name in ("csv", "parquet"):
+        write_table(
+            folder / f"tiles.{name}", places, measured, slide_id=task.slide_id, grid=file.grid
+        )
+    else:
+        return write_geojson(
+            folder / f"heatmap.{name}",
+            places,
+            values,
+            task.colours,
+            slide_id=task.slide_id,
+            measurements=measured,
+            levels=task.levels,
+            max_tiles=task.max_tiles,
+            tissue=tissue,
+            frame=task.frame,
+        )
+    return ()
+
+
+def _overview(
+    task: HeatmapTask,
+    formats: Sequence[str],
+    places: TilePlaces,
+    values: NDArray[np.float64],
+    slide: Path | None,
+) -> dict[str, bytes]:
+    frame, rgb = picture_frame(places), None
+    if slide is not None:
+        with open_slide(slide, mpp=task.slide_mpp, scene=scene_of(task.slide_id)) as opened:
+            require_same_slide(places, opened.info, task.slide_id)
+            rgb = slide_picture(opened, frame)
+    caption = Caption(
+        slide_id=task.slide_id,
+        prediction=task.caption.text,
+        of=task.column.name,
+        source=task.source,
+        remarks=() if rgb is not None else ("drawn without the slide",),
+    )
+    return draw_overview(
+        places, values, task.colours, caption, rgb=rgb, frame=frame, formats=formats
+    )
+
+
+def _tissue(task: HeatmapTask, file: ScoreFile) -> tuple[Region, ...]:
+    """Return the tissue's outline from the tiling that the tiles are of, where that is there."""
+    found = _tile_file(task, file)
+    if found is None or not found.outline_geojson:
+        return ()
+    bounds = found.bounds_l0
+    regions = parse_features(
+        f"{task.slide_id}.h5", json.loads(found.outline_geojson), (bounds.x_l0, bounds.y_l0)
+    )
+    return tuple(region for region in regions if region.class_name == TISSUE)
+
+
+def _tile_file(task: HeatmapTask, file: ScoreFile) -> TileFile | None:
+    if task.tilings is None or file.coords_l0 is None:
+        return None
+    for path in sorted(task.tilings.glob(f"*/{task.slide_id}.h5")):
+        try:
+            found = read_tile_file(path)
+        except ArtifactError:
+            continue  # its own stage says so
+        if np.array_equal(found.coords_l0, file.coords_l0):
+            return found
+    return None
