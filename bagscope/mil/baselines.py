@@ -117,9 +117,9 @@ def _reason(
 ) -> str:
     """Return why a baseline can't be had; empty where it can."""
     if baseline in _OF_TILES and vectors is None:
-        return "needs the features, which are not at hand; pass --features"
+        return "the features are not at hand; pass --features"
     if baseline == "neighbours" and target.task == "survival":
-        return "is not made for survival"
+        return "there is none of survival"
     if baseline == "site":
         sites = {case.site for case in cases} - {""}
         if len(sites) < 2:

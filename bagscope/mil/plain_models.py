@@ -19,6 +19,7 @@ from scipy import optimize
 from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from bagscope.mil.evaluation.inputs import FloatArray, IntArray
 from bagscope.mil.evaluation.survival import concordance
@@ -61,9 +62,11 @@ def predict(
         x_test: (m, D).
         strength: of the penalty; chosen where not given.
     """
-    if strength is None:
-        strength = _choose(kind, target, x, y, patients)
-    return _FITS[kind](target, *_prepared(x, x_test, y), strength)
+    # Hundreds of small fits: threads would spend their time waiting for each other.
+    with threadpool_limits(1):
+        if strength is None:
+            strength = _choose(kind, target, x, y, patients)
+        return _FITS[kind](target, *_prepared(x, x_test, y), strength)
 
 
 def constant(target: TargetSpec, y: FloatArray, cases: int) -> FloatArray:

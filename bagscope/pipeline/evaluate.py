@@ -289,7 +289,7 @@ def _open(location: str) -> FeatureStore:
 def _baselines(run: FinishedRun, cohort: _Cohort) -> BaselineAnswers:
     """Return the baselines' answers, fitted now or read from an earlier evaluation."""
     if cohort.table is None:
-        reason = "needs the study's cohort table, which is not at hand"
+        reason = "the study's cohort table is not at hand"
         missing = {target.name: dict.fromkeys(BASELINES, reason) for target in run.targets}
         return BaselineAnswers(answers={target.name: {} for target in run.targets}, skipped=missing)
     fields = _baseline_fields(run, cohort)
@@ -381,10 +381,12 @@ def _pictures(result: TargetResult) -> list[Picture]:
     scores = result.scores
     rows = [ForestRow(label="This model", estimate=scores.headline_estimate, is_model=True)]
     rows += [ForestRow(label=rival.label, estimate=rival.estimate) for rival in result.rivals]
-    own = forest(rows, metric=scores.headline.label, chance=scores.headline.chance)
+    own = []
+    if result.rivals:
+        own.append(forest(rows, metric=scores.headline.label, chance=scores.headline.chance))
     if result.answers.target.task == "survival":
-        return [own, *survival_figures(result.answers)]
-    return [own, *figures_of(result.answers)]
+        return [*own, *survival_figures(result.answers)]
+    return [*own, *figures_of(result.answers)]
 
 
 def _write_figures(folder: Path, pictures: Mapping[str, Sequence[Picture]]) -> None:

@@ -207,7 +207,7 @@ def subgroups(
     metric = metrics_of(answers)[0]
     groups = _cut([cells.get(case, "") for case in answers.case.tolist()])
     found = []
-    for value in dict.fromkeys(sorted(groups, key=_natural)):
+    for value in sorted(set(groups), key=_natural):
         rows = np.array([row for row, group in enumerate(groups) if group == value])
         one = _fold(value, (metric,), answers, rows, resamples=resamples, seed=seed)
         found.append(
@@ -283,10 +283,11 @@ def _cut(cells: Sequence[str]) -> list[str]:
 
 
 def _natural(text: str) -> tuple[bool, int, float, str]:
+    # Cells that are empty come last, the lower half of numbers before the upper.
     try:
         return (not text, 0, float(text), text)
     except ValueError:
-        return (not text, 1, 0.0, text)
+        return (not text, 1, float(text.startswith(">")), text)
 
 
 def _as_json(values: Mapping[str, Estimate]) -> dict[str, Any]:

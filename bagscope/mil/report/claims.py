@@ -109,21 +109,25 @@ def _who(run: RunResult, result: TargetResult) -> str:
 def _chance(result: TargetResult) -> Iterator[Claim]:
     chance = result.scores.headline.chance
     estimate = result.scores.headline_estimate
+    plain = "the mean alone" if result.answers.target.task == "regression" else "chance"
     if chance is not None and estimate.low <= chance:
         yield Claim(
             tone="warning",
             text=f"The interval reaches down to {number_text(estimate.low)} and so does not rule "
-            f"out chance ({chance:g}).",
+            f"out {plain} ({chance:g}).",
         )
 
 
 def _leaks(result: TargetResult) -> Iterator[Claim]:
     estimate = result.scores.headline_estimate
+    chance = result.scores.headline.chance
     leaks = [rival for rival in result.rivals if rival.name in LEAKS]
     below = []
     for rival in leaks:
         told = f"{_LEAK_SAYS[rival.name]} {number_text(rival.estimate.value)}"
-        if rival.estimate.value >= estimate.low:
+        # What ranks no better than chance leaks nothing, however wide the interval.
+        knows = chance is None or rival.estimate.value > chance
+        if knows and rival.estimate.value >= estimate.low:
             where = "above" if rival.estimate.value > estimate.high else "within"
             yield Claim(
                 tone="warning",
@@ -136,7 +140,7 @@ def _leaks(result: TargetResult) -> Iterator[Claim]:
         yield Claim(tone="good", text=f"{_sentence(below)}, below the model's interval.")
     for label, reason in result.skipped.items():
         if "not at hand" in reason and "alone" in label:
-            yield Claim(tone="warning", text=f"{label} was not looked at: it {reason}.")
+            yield Claim(tone="warning", text=f"{label} was not looked at: {reason}.")
 
 
 def _rivals(result: TargetResult) -> Iterator[Claim]:
@@ -204,7 +208,7 @@ def _seeds(result: TargetResult) -> Iterator[Claim]:
 def _calibration(run: RunResult, result: TargetResult) -> Iterator[Claim]:
     target = result.answers.target
     missing = [one for one in run.members if target.name in one.uncalibrated]
-    if missing:
+    if missing and target.task not in ("regression", "survival"):
         reason = missing[0].uncalibrated[target.name]
         every = len(missing) == len(run.members)
         who = "None" if every else f"Only {len(run.members) - len(missing)}"

@@ -108,6 +108,8 @@ def picture(figure: Figure, *, name: str, title: str, caption: str) -> Picture:
     """Return a drawn figure as a picture; call it inside `canvas`."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    # The places are found; finding them again is what drawing mostly costs.
+    figure.set_layout_engine("none")
     figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
     return Picture(name=name, title=title, caption=caption, svg=svg.getvalue(), png=png.getvalue())
 

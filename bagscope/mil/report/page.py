@@ -81,16 +81,20 @@ def _target(
     target = result.answers.target
     prefix = f"{target.name}: " if several else ""
     shown = {one.name: one for one in pictures}
-    yield element("h2", f"{prefix}Beside simple rivals")
-    yield element(
-        "p",
-        "The same test patients, the same folds. The last two look at nothing of the tissue: "
-        "where they come close, a model may have learnt no more than they.",
-        "about",
-    )
-    if "baselines" in shown:
-        yield figure(shown.pop("baselines"))
-    yield from _rivals(result)
+    forest = shown.pop("baselines", None)
+    if result.rivals and forest is not None:
+        yield element("h2", f"{prefix}Beside simple rivals")
+        yield element(
+            "p",
+            "The same test patients, the same folds. Tile count and site look at nothing of the "
+            "tissue: where they come close, a model may have learnt no more than they.",
+            "about",
+        )
+        yield figure(forest)
+        yield from _rivals(result)
+    else:
+        for name, why in result.skipped.items():
+            yield element("p", f"Not shown: {_lower(name)} ({why}).", "about")
     yield element("h2", f"{prefix}All numbers")
     yield _numbers(result)
     yield element("p", _CAVEATS.get(target.task, _CAVEATS["classes"]), "about")
@@ -138,7 +142,11 @@ def _rivals(result: TargetResult) -> Iterator[Markup]:
         rows.append((rival.label, estimate_cell(rival.estimate), difference, rival_verdict(rival)))
     yield table(("", f"{label} (95 %)", "Model minus rival (95 %)", "Verdict"), rows, first=True)
     for name, why in result.skipped.items():
-        yield element("p", f"{name} is missing: {why}.", "about")
+        yield element("p", f"Not shown: {_lower(name)} ({why}).", "about")
+
+
+def _lower(label: str) -> str:
+    return label[0].lower() + label[1:]
 
 
 def _numbers(result: TargetResult) -> Markup:
@@ -192,7 +200,7 @@ def _seeds(result: TargetResult) -> Markup:
 
 def _how(run: RunResult) -> Iterator[Markup]:
     if run.members:
-        yield element("h2", "Calibration and thresholds")
+        yield element("h2", "Models, calibration, thresholds")
         yield from _members(run)
     if run.folds:
         yield element("h2", "Who was on which side")
@@ -249,7 +257,8 @@ def _members(run: RunResult) -> Iterator[Markup]:
             rows.append((prefix, f"{one.epoch} of {one.epochs}", calibrated, threshold))
     yield element(
         "p",
-        "Both are fitted on each fold's own inner validation patients, never on test patients.",
+        "Calibration and threshold are fitted on each fold's own inner validation patients, never "
+        "on test patients.",
         "about",
     )
     yield table(("Model", "Epoch kept", "Calibration", "Threshold"), rows)

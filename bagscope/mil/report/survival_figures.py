@@ -74,7 +74,7 @@ def kaplan_meier_by_group(answers: Answers) -> Picture:
     groups = risk_groups(answers)
     test = groups.test()
     last = float(groups.time.max())
-    ticks = np.linspace(0, last, 6)
+    ticks = _round_times(last)
     with canvas(6.4, 4.6) as figure:
         axes, below = figure.subplots(2, 1, height_ratios=(5, 1), sharex=True)
         for place, (name, colour) in enumerate(((LOW, SERIES[0]), (HIGH, SERIES[1]))):
@@ -101,6 +101,7 @@ def kaplan_meier_by_group(answers: Answers) -> Picture:
         axes.set_axisbelow(True)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 0.1))
         below.set(ylim=(-1.6, 0.6), xlabel=f"Time ({answers.target.time})")
+        below.set_xticks(ticks)
         below.set_yticks([0, -1], ["low", "high"])
         below.set_title("At risk", fontsize=9.5, pad=3)
         below.tick_params(length=0)
@@ -153,6 +154,14 @@ def auc_over_time(answers: Answers) -> Picture | None:
             caption="Of patients with an event by then against those followed for longer, weighted "
             "for censoring, pooled over folds. Band: 95 % at each time by itself. Dashed: chance.",
         )
+
+
+def _round_times(last: float) -> FloatArray:
+    """Return about six round times from 0 to the last follow-up."""
+    from matplotlib.ticker import MaxNLocator
+
+    found = np.asarray(MaxNLocator(6).tick_values(0, last), np.float64)
+    return found[(found >= 0) & (found <= last)]
 
 
 def _auc_of(time: FloatArray, event: FloatArray, risk: FloatArray, at: float) -> Statistic:
