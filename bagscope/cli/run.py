@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bagscope.cli import console, options
-from bagscope.cli.evaluate import print_evaluation
+from bagscope.cli.evaluate import evaluate
 from bagscope.cohort.jobs import parse_shard
 from bagscope.cohort.progress import Reporter
 from bagscope.pipeline.extract import ExtractOptions, extract_cohort
@@ -84,9 +84,7 @@ def _train(study: Study, listener: Reporter, *, overwrite: bool, as_json: bool) 
         if trained.exit_code:
             return trained.exit_code
         if trained.is_complete:
-            from bagscope.pipeline.evaluate import EvaluateRequest, evaluate_run
-
-            print_evaluation(evaluate_run(EvaluateRequest(run=trained.folder)), as_json=as_json)
+            evaluate(trained.folder, as_json=as_json)
     return 0
 
 
