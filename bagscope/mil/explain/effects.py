@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from bagscope.mil.explain.pools import Pool, Rows
 from bagscope.mil.explain.question import NO_DECISION, Array
 
 CONTROLS = 20
+ROUNDING = 1e-12
+"""What is nearer than this is equal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +171,8 @@ class Controlled:
 
         (1 + those) / (1 + draws): never below 1 / (1 + draws).
         """
-        reached = np.abs(self.controls - self.effect.before) >= np.abs(self.effect.delta)
+        least = np.abs(self.effect.delta) - ROUNDING
+        reached = np.abs(self.controls - self.effect.before) >= least
         return np.asarray((1 + reached.sum(axis=0)) / (1 + len(reached)))
 
 
@@ -269,11 +273,8 @@ def measure(subject: Subject, interventions: Sequence[Intervention]) -> list[Eff
     rows = subject.rows
     for intervention in interventions:
         _require(subject, intervention)
-    answers = subject.pool.answers(
-        selection
-        for edited in (None, *interventions)
-        for selection in [rows if edited is None else edited.selection(rows)]
-    )
+    edited = (intervention.selection(rows) for intervention in interventions)
+    answers = subject.pool.answers(chain([rows], edited))
     question = subject.pool.question
     decided = question.decided(answers).tolist()
     return [

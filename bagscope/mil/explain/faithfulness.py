@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from bagscope.mil.explain.effects import share_of
+from bagscope.mil.explain.effects import ROUNDING, share_of
 from bagscope.mil.explain.pools import Pool, Rows
 from bagscope.mil.explain.question import Array
 
@@ -140,15 +140,19 @@ def order_of(scores: npt.ArrayLike) -> Rows:
     return np.argsort(-values, kind="stable")
 
 
-def deletion(pool: Pool, orders: Sequence[Rows], column: int) -> Curves:
+def deletion(
+    pool: Pool, orders: Sequence[Rows], column: int, shares: Sequence[float] = SHARES
+) -> Curves:
     """Return the answers while the first tiles of each order are taken out, the whole bag first."""
-    counts = [0, *_counts(len(orders[0]))]
+    counts = [0, *_counts(len(orders[0]), shares)]
     return _curves(pool, [[order[n:] for n in counts] for order in orders], counts, column)
 
 
-def insertion(pool: Pool, orders: Sequence[Rows], column: int) -> Curves:
+def insertion(
+    pool: Pool, orders: Sequence[Rows], column: int, shares: Sequence[float] = SHARES
+) -> Curves:
     """Return the answers to bags of the first tiles of each order, the whole bag last."""
-    counts = [*_counts(len(orders[0])), len(orders[0])]
+    counts = [*_counts(len(orders[0]), shares), len(orders[0])]
     return _curves(pool, [[order[:n] for n in counts] for order in orders], counts, column)
 
 
@@ -161,6 +165,7 @@ def faithfulness(
     orders: int = ORDERS,
     seed: int = 0,
     unit: float = 1.0,
+    shares: Sequence[float] = SHARES,
 ) -> Faithfulness:
     """Measure a heatmap.
 
@@ -172,6 +177,8 @@ def faithfulness(
         orders: random ones.
         seed: of these.
         unit: what an answer counts in; of a risk, say, its standard deviation over the cohort.
+        shares: of the tiles at which curves are read, above 0 and below 1; fewer cost less where
+            the model has no closed form.
 
     Raises:
         ValueError: scores that are not one finite number a tile.
@@ -187,8 +194,8 @@ def faithfulness(
         column = decided if decided >= 0 else int(whole[0].argmax())
     generator = np.random.default_rng(seed)
     random = [generator.permutation(rows) for _ in range(orders)]
-    down, up = deletion(pool, [rows[order]], column), insertion(pool, [rows[order]], column)
-    random_down, random_up = deletion(pool, random, column), insertion(pool, random, column)
+    down, random_down = (deletion(pool, o, column, shares) for o in ([rows[order]], random))
+    up, random_up = (insertion(pool, o, column, shares) for o in ([rows[order]], random))
     gains = ((random_down.means - down.means) + (up.means - random_up.means)) / (2 * unit)
     low, high = np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     moved = np.abs(np.concatenate([down.answers, random_down.answers]) - whole[0, column])
@@ -196,7 +203,7 @@ def faithfulness(
         score=float(gains.mean()),
         low=float(low),
         high=float(high),
-        chance=float((1 + (gains <= 0).sum()) / (1 + orders)),
+        chance=float((1 + (gains <= ROUNDING).sum()) / (1 + orders)),
         movable=float(moved.max()),
         unit=unit,
         deletion=down,
@@ -233,8 +240,8 @@ def agreement(scores: Sequence[npt.ArrayLike], *, top_share: float = 0.05) -> Ag
     )
 
 
-def _counts(tiles: int) -> list[int]:
-    return sorted({min(share_of(tiles, share), tiles - 1) for share in SHARES})
+def _counts(tiles: int, shares: Sequence[float]) -> list[int]:
+    return sorted({min(share_of(tiles, share), tiles - 1) for share in shares})
 
 
 def _curves(

@@ -17,16 +17,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from bagscope.mil.explain.effects import Subject
+from bagscope.mil.explain.effects import ROUNDING, Subject
 from bagscope.mil.explain.pools import Pool, Rows
 from bagscope.mil.explain.question import Array
 
 Optimiser = Literal["minimise", "maximise", "smallest_difference"]
 Constants = Literal["kept", "baseline_only"]
-
-TIE = 1e-12
-"""Candidates this near to the best are equals, and the first of them is taken: rounding must not
-choose between tiles that are the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,11 +113,11 @@ def search_table(subject: Subject, search: Search) -> dict[str, list[Any]]:
 
 
 def _best(found: Array, baseline: float, optimiser: Optimiser) -> int:
-    """Return the place of the lowest cost, the first of equals."""
+    """Return the place of the lowest cost, the first of equals: rounding is not to choose."""
     if optimiser == "minimise":
         costs = found
     elif optimiser == "maximise":
         costs = -found
     else:
         costs = np.abs(found - baseline)
-    return int(np.argmax(costs <= costs.min() + TIE))
+    return int(np.argmax(costs <= costs.min() + ROUNDING))

@@ -111,6 +111,9 @@ def test_the_score_is_that_of_its_definition() -> None:
     assert found.score == pytest.approx(wanted)
     half = faithfulness(pool, rows, attention, orders=3, seed=7, unit=2.0)
     assert half.score == pytest.approx(wanted / 2)
+    few = faithfulness(pool, rows, attention, orders=3, shares=(0.1, 0.5))
+    assert few.deletion is not None and few.insertion is not None
+    assert few.deletion.answers.shape == few.insertion.answers.shape == (1, 3)
 
 
 def test_what_is_explained_is_what_was_decided() -> None:
@@ -150,6 +153,12 @@ def test_scores_must_be_finite(scores: list[object]) -> None:
 def test_scores_must_be_of_these_tiles() -> None:
     with pytest.raises(ValueError, match="4 scores for 3 tiles"):
         faithfulness(pool_of(model("abmil"), bags(3), QUESTION), np.arange(3), [1.0, 2.0, 3.0, 4.0])
+
+
+def test_orders_that_do_as_well_count_as_such() -> None:
+    made = Bags.of([bags(1).features.expand(6, -1)])
+    found = faithfulness(pool_of(model("abmil"), made, QUESTION), np.arange(6), np.arange(6))
+    assert found.chance == 1 and found.score == pytest.approx(0)
 
 
 def test_order_is_stable() -> None:
