@@ -23,7 +23,7 @@ TOP = (*ROOMS, "pipeline", "cli")
 HEAVY = ("torch", "scipy", "cv2", "pandas")
 VERBS = (
     "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor",
-    "splits", "evaluate", "compare",
+    "splits", "evaluate", "compare", "tune",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from bagscope.cli.scan import scan
 from bagscope.cli.splits import splits
 from bagscope.cli.tile import tile
 from bagscope.cli.train import train
+from bagscope.cli.tune import tune
 from bagscope.cli.verify import verify
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
 
@@ -61,6 +62,7 @@ for verb in (
     tile,
     extract,
     train,
+    tune,
     evaluate,
     compare,
     predict,
