@@ -362,7 +362,7 @@ def _complete(
             make_executor=lambda: _executor(stage, last, 1, report),
         )
         result = dataclasses.replace(result, final=final)
-        if final.exit_code:
+        if final.interrupted:
             return result
     scored = score_out_of_fold(study, planned, options, report)
     result = dataclasses.replace(result, scored=scored)
