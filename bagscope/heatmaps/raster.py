@@ -20,6 +20,12 @@ from bagscope.wsi.outline import MaskFrame
 
 STRIP_PX = 4 << 20
 """Pixels of a strip: 16 MiB of scores."""
+PX_PER_STEP = 16
+"""Of the finest raster: a power of two, so that tiles end where pixels do on every coarser one."""
+
+_LONGEST_PX = 20_000
+_SMALLEST_PX = 512
+"""A raster that is not larger needs no coarser one beside it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -123,6 +129,27 @@ def strips(
             yield _cells(boxes_l0[:, near], numbers[near]).at(x_l0, y_l0)
         else:
             yield np.full((len(y_l0), width), np.nan, np.float32)
+
+
+def pyramid(places: TilePlaces, px_per_step: int | None = None) -> list[MaskFrame]:
+    """Return the frames of an image pyramid, each half as fine as the one before it.
+
+    Every level is drawn from the tiles, down to one pixel per tile: nothing is resampled.
+
+    Args:
+        places: of the tiles.
+        px_per_step: of the finest level, a power of two; as fine as is of use if None.
+    """
+    if px_per_step is None:
+        longest = max(places.frame(1).shape)
+        px_per_step = PX_PER_STEP
+        while px_per_step > 1 and px_per_step * longest > _LONGEST_PX:
+            px_per_step //= 2
+    frames = [places.frame(px_per_step)]
+    while px_per_step > 1 and max(frames[-1].shape) > _SMALLEST_PX:
+        px_per_step //= 2
+        frames.append(places.frame(px_per_step))
+    return frames
 
 
 def _inside(edges: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.intp]:
