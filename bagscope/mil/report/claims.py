@@ -221,7 +221,11 @@ def _calibration(run: RunResult, result: TargetResult) -> Iterator[Claim]:
 
 def _reach(run: RunResult) -> Claim:
     if run.method == "external":
-        return Claim(tone="note", text="The cohort is another than the model was trained on.")
+        return Claim(
+            tone="note",
+            text="The cohort is another than the model was trained on. No rival was fitted, so "
+            "whether cheap clues such as tissue size explain the result was not looked at.",
+        )
     if run.method == "site_out":
         return Claim(
             tone="note",
