@@ -25,7 +25,7 @@ from bagscope.kernels.segments import bag_of_tile, require_borders
 _FIRST, _SECOND, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
 """Multipliers of splitmix64, as signed numbers: torch's integers wrap, and have a sign."""
 _SCHEMA = (
-    "(Tensor scores, Tensor cu_seqlens, Tensor bag_ids, int k, float p, int seed, int step, "
+    "(Tensor scores, Tensor cu_seqlens, Tensor bag_ids, int k, float p, SymInt seed, SymInt step, "
     "bool exactly) -> Tensor"
 )
 

@@ -37,6 +37,7 @@ class Bags:
         targets: (B, w) float64 by name (see `bagscope.mil.targets`), NaN where missing.
         seed: of the run; with `step` and a bag's name it keys every draw made for that bag.
         step: of the training.
+        bag_keys: (B,) int64, the bags' names as numbers for keyed draws.
     """
 
     features: Tensor
@@ -52,6 +53,13 @@ class Bags:
     targets: Mapping[str, Tensor] | None = None
     seed: int = 0
     step: int = 0
+    bag_keys: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Here, since a compiled forward pass can neither hash names nor may depend on them.
+        keys = [key_of(name) for name in self.bag_ids]
+        found = torch.tensor(keys, dtype=torch.int64, device=self.cu_seqlens.device)
+        object.__setattr__(self, "bag_keys", found)
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -85,11 +93,6 @@ class Bags:
     def lengths(self) -> Tensor:
         """Return the number of tiles of each bag: (B,) int32."""
         return self.cu_seqlens.diff()
-
-    @property
-    def bag_keys(self) -> Tensor:
-        """Return the bags' names as numbers for keyed draws: (B,) int64."""
-        return torch.tensor([key_of(name) for name in self.bag_ids], device=self.cu_seqlens.device)
 
     @property
     def class_index(self) -> Tensor | None:

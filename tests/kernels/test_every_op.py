@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernels.every_op import OPS, Op
 from tests.kernels.packed import (
@@ -109,6 +110,35 @@ def test_heads_of_any_width(name: str, width: int, monkeypatch: pytest.MonkeyPat
         assert_close_to_float64(a, b)
     for key, grad in grads.items():
         assert_close_to_float64(grad, true_grads[key], atol=1e-6, what=key)
+
+
+@pytest.mark.parametrize(
+    "name",
+    # The two that are made of others take long to compile.
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("agent_attention", "flow_attention")
+        else name
+        for name in OPS
+    ],
+)
+def test_one_compilation_serves_every_number_of_tiles(name: str) -> None:
+    torch._dynamo.reset()
+    op, counter = OPS[name], CompileCounterWithBackend("aot_eager")
+    # The first call tries this machine's arithmetic, which counts as a change of torch's state.
+    op.call(**op.inputs((3, 30)))
+    compiled = torch.compile(op.call, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for lengths in [(17, 50), (30, 61), (2, 99)]:
+        inputs = op.inputs(lengths)
+        found, grads = gradients(compiled, inputs)
+        truth, true_grads = gradients(op.call, inputs)
+        for a, b in zip(found, truth, strict=True):
+            assert_close_to_float64(a, b)
+        for key, grad in grads.items():
+            assert_close_to_float64(grad, true_grads[key], atol=1e-6, what=key)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_every_tensor_moves() -> None:
     tensors = [
         value for name in Bags.__slots__ if isinstance(value := getattr(moved, name), Tensor)
     ]
-    assert len(tensors) == 8
+    assert len(tensors) == 9
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.targets is not None
     assert moved.targets["class"].device.type == "meta"

@@ -154,7 +154,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, return_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     pooled = q.new_empty(*q.shape[:-1], v.shape[-1])
-    rows = len(k) if return_weights else 0
+    rows = k.shape[0] if return_weights else 0
     return pooled, q.new_empty(q.shape[:-1]), q.new_empty(rows, *q.shape[1:3])
 
 

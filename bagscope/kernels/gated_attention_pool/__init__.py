@@ -45,7 +45,7 @@ _INPUTS = (
     "Tensor x, Tensor cu_seqlens, Tensor? projection_weight, Tensor? projection_bias, "
     "Tensor weight_v, Tensor? bias_v, Tensor? weight_u, Tensor? bias_u, "
     "Tensor weight_w, Tensor? bias_w, Tensor? mask, "
-    "str activation, str gate, float dropout_p, float projection_dropout_p, int seed"
+    "str activation, str gate, float dropout_p, float projection_dropout_p, SymInt seed"
 )
 _TENSORS, _SETTINGS = 11, 5
 """How many of `_INPUTS` are tensors, and how many are not."""
@@ -224,12 +224,12 @@ def _forward(*inputs: Any) -> tuple[Tensor, ...]:
 def _forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     *given, keeps_h, keeps_gates = inputs
     problem = _problem(tuple(given))
-    features, columns = problem.weights.weight_v.shape[1], len(problem.weights.weight_w)
-    bags, x = len(problem.cu_seqlens) - 1, problem.x
+    features, columns = problem.weights.weight_v.shape[1], problem.weights.weight_w.shape[0]
+    bags, x = problem.cu_seqlens.shape[0] - 1, problem.x
     sums = accumulator(x.dtype)
     return (
         x.new_empty(bags, columns, features, dtype=sums),
-        x.new_empty(len(x), columns, dtype=sums),
+        x.new_empty(x.shape[0], columns, dtype=sums),
         x.new_empty(bags, columns, dtype=sums),
         x.new_empty(bags, columns, dtype=sums),
         *_nothing_kept(problem, keeps_h, keeps_gates),
@@ -239,8 +239,8 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 def _nothing_kept(problem: Problem, keeps_h: bool, keeps_gates: bool) -> tuple[Tensor, Tensor]:
     """Return unwritten tensors of the shapes of what is kept."""
     x, weights = problem.x, problem.weights
-    dtype, tiles = computing_dtype(x), len(x)
-    width = len(weights.weight_v) * (1 if weights.weight_u is None else 2)
+    dtype, tiles = computing_dtype(x), x.shape[0]
+    width = weights.weight_v.shape[0] * (1 if weights.weight_u is None else 2)
     return (
         x.new_empty(tiles if keeps_h else 0, weights.weight_v.shape[1], dtype=dtype),
         x.new_empty(tiles if keeps_gates else 0, width, dtype=dtype),

@@ -31,7 +31,7 @@ KEEP_BYTES = 1 << 30
 
 _INPUTS = (
     "Tensor h, Tensor weight_v, Tensor? bias_v, Tensor? weight_u, Tensor? bias_u, "
-    "Tensor weight_w, Tensor? bias_w, str gate, float dropout_p, int seed"
+    "Tensor weight_w, Tensor? bias_w, str gate, float dropout_p, SymInt seed"
 )
 _TENSORS, _SETTINGS = 7, 3
 
@@ -141,14 +141,14 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 @_forward.register_fake
 def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     h, weights, _ = _split(inputs)
-    scores = h.new_empty(len(h), len(weights.weight_w), dtype=accumulator(h.dtype))
+    scores = h.new_empty(h.shape[0], weights.weight_w.shape[0], dtype=accumulator(h.dtype))
     return scores, _activations(h, weights, inputs[-1])
 
 
 def _activations(h: Tensor, weights: GateWeights, keeps: bool) -> Tensor:
     """Return an unwritten tensor of the shape of what is kept."""
-    width = len(weights.weight_v) * (1 if weights.weight_u is None else 2)
-    return h.new_empty(len(h) if keeps else 0, width, dtype=computing_dtype(h))
+    width = weights.weight_v.shape[0] * (1 if weights.weight_u is None else 2)
+    return h.new_empty(h.shape[0] if keeps else 0, width, dtype=computing_dtype(h))
 
 
 @torch.library.custom_op(

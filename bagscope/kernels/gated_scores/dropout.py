@@ -40,8 +40,23 @@ def gate_dropout(p: float, is_gated: bool) -> float:
 
 def tile_dropout(rows: int, columns: int, p: float, seed: int, like: Tensor) -> Tensor:
     """Return the masks of all chunks, one under the other: (rows, columns)."""
+    found: Tensor = torch.ops.bagscope.tile_dropout(rows, columns, p, seed, like.detach())
+    return found
+
+
+@torch.library.custom_op(
+    "bagscope::tile_dropout",
+    mutates_args=(),
+    schema="(SymInt rows, SymInt columns, float p, SymInt seed, Tensor like) -> Tensor",
+)
+def _tile_dropout(rows: int, columns: int, p: float, seed: int, like: Tensor) -> Tensor:
     parts = [
         chunk_dropout(min(CHUNK_ROWS, rows - start), columns, p, seed, start, like)
         for start in range(0, rows, CHUNK_ROWS)
     ]
     return torch.cat(parts) if parts else like.new_empty(0, columns)
+
+
+@_tile_dropout.register_fake
+def _(rows: int, columns: int, p: float, seed: int, like: Tensor) -> Tensor:
+    return like.new_empty(rows, columns)

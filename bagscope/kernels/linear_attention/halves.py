@@ -115,7 +115,7 @@ def _ask_backward(
 @_gather.register_fake
 def _(k: Tensor, v: Tensor, cu_seqlens: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
     exact = torch.promote_types(k.dtype, torch.float32)
-    shape = (len(cu_seqlens) - 1, *k.shape[1:])
+    shape = (cu_seqlens.shape[0] - 1, *k.shape[1:])
     return k.new_empty(*shape, v.shape[2], dtype=exact), k.new_empty(shape, dtype=exact)
 
 

@@ -122,7 +122,7 @@ def _forward(scores: Tensor, h: Tensor, cu_seqlens: Tensor, mask: Tensor | None)
 def _forward_fake(
     scores: Tensor, h: Tensor, cu_seqlens: Tensor, mask: Tensor | None
 ) -> FourTensors:
-    dtype, bags, columns = accumulator(h.dtype), len(cu_seqlens) - 1, scores.shape[1]
+    dtype, bags, columns = accumulator(h.dtype), cu_seqlens.shape[0] - 1, scores.shape[1]
     small = [h.new_empty(bags, columns, dtype=dtype) for _ in range(3)]
     return h.new_empty(bags, columns, h.shape[1], dtype=dtype), small[0], small[1], small[2]
 

@@ -103,9 +103,10 @@ def _boxes(places: Tensor, blocks: Chunks) -> tuple[Tensor, Tensor]:
 @_find.register_fake
 def _(grid: Tensor, cu_seqlens: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     pairs = torch.library.get_ctx().new_dynamic_size()
-    count = len(grid) // BLOCK + len(cu_seqlens) - 1
+    tiles, borders = grid.shape[0], cu_seqlens.shape[0]
+    count = tiles // BLOCK + borders - 1
     return (
-        grid.new_empty(len(grid), dtype=torch.long),
+        grid.new_empty(tiles, dtype=torch.long),
         grid.new_empty(count + 1, dtype=torch.long),
         grid.new_empty(pairs, dtype=torch.long),
     )

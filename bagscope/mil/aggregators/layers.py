@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -72,7 +71,6 @@ def draw_seed(bags: Bags, use: int = 0) -> int:
     return ((bags.seed * 1_000_003 + bags.step) * 7 + use) % _SEEDS
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def dropped(h: Tensor, p: float, seed: int) -> Tensor:
     """Return h (rows, columns) after dropout whose draws `seed` alone decides."""
     return h * tile_dropout(len(h), h.shape[1], p, seed, h) if p else h
