@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 STAGE = "heatmap"
 FORMATS = (
-    "png", "svg", "geojson", "geojson.gz", "geojson.zip", "csv", "parquet",
+    "png", "svg", "geojson", "geojson.gz", "geojson.zip", "ome-tiff", "ome-zarr", "csv", "parquet",
 )  # fmt: skip
 DEFAULT_FORMATS = ("png", "geojson")
 WORKER_MODULES = ("bagscope.pipeline.heatmap_worker",)

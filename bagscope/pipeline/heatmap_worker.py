@@ -15,6 +15,8 @@ from bagscope.cohort.jobs import StageResult
 from bagscope.errors import ArtifactError, SchemaError
 from bagscope.heatmaps.bag_scores import bag_scores, slides_of_bag
 from bagscope.heatmaps.geojson import write_geojson
+from bagscope.heatmaps.ome_tiff import Content, write_ome_tiff
+from bagscope.heatmaps.ome_zarr import write_ome_zarr
 from bagscope.heatmaps.overview import Caption, draw_overview, picture_frame, slide_picture
 from bagscope.heatmaps.scores import Column, on_scale, scales_for
 from bagscope.heatmaps.table import write_table
@@ -181,17 +183,33 @@ def _write(
     tissue: Sequence[Region],
 ) -> Sequence[str]:
     """Write one format into a folder; return sentences for the user."""
+    slide_id, of = task.slide_id, task.column.name
     if name in ("csv", "parquet"):
-        write_table(
-            folder / f"tiles.{name}", places, measured, slide_id=task.slide_id, grid=file.grid
-        )
+        write_table(folder / f"tiles.{name}", places, measured, slide_id=slide_id, grid=file.grid)
+    elif name in ("ome-tiff", "ome-zarr"):
+        write, ending = {
+            "ome-tiff": (write_ome_tiff, "ome.tif"),
+            "ome-zarr": (write_ome_zarr, "ome.zarr"),
+        }[name]
+        contents: tuple[Content, ...] = ("score", "colour")
+        for content in contents:
+            write(
+                folder / f"{content}.{ending}",
+                places,
+                values,
+                task.colours,
+                content,
+                slide_id=slide_id,
+                of=of,
+                frame=task.frame,
+            )
     else:
         return write_geojson(
             folder / f"heatmap.{name}",
             places,
             values,
             task.colours,
-            slide_id=task.slide_id,
+            slide_id=slide_id,
             measurements=measured,
             levels=task.levels,
             max_tiles=task.max_tiles,

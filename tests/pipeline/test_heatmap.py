@@ -12,7 +12,7 @@ from scipy import special
 
 from bagscope import artifacts
 from bagscope.errors import ArtifactError, ConfigError, FingerprintMismatch, SlideError
-from bagscope.pipeline.heatmap import HeatmapRequest, plan_heatmaps
+from bagscope.pipeline.heatmap import FORMATS, HeatmapRequest, plan_heatmaps
 from bagscope.pipeline.heatmap_captions import read_captions
 from bagscope.pipeline.heatmap_worker import heatmap_task
 from tests.heatmaps.made_run import made_study, write_scores
@@ -42,6 +42,20 @@ def test_an_added_format_is_drawn_and_other_settings_are_refused(tmp_path: Path)
     with pytest.raises(FingerprintMismatch, match="frame is qupath, asked for openslide"):
         heatmap_task(other)
     assert heatmap_task(dataclasses.replace(other, overwrite=True)).outcome == "done"
+
+
+def test_every_format_in_one_folder(tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a",))
+    write_scores(run, "a", log_weights(12))
+    (task,) = plan_heatmaps(HeatmapRequest(place=run, formats=FORMATS)).tasks.values()
+    assert heatmap_task(task).outcome == "done"
+    assert {path.name for path in task.target.iterdir()} == {
+        *("complete.json", "overview.png", "overview.svg", "tiles.csv", "tiles.parquet"),
+        *("heatmap.geojson", "heatmap.geojson.gz", "heatmap.geojson.zip"),
+        *("score.ome.tif", "colour.ome.tif", "score.ome.zarr", "colour.ome.zarr"),
+    }
+    assert artifacts.folder_faults(task.target) == []
+    assert heatmap_task(task).outcome == "skipped"
 
 
 def test_a_slide_that_moved_away_and_came_back(tmp_path: Path) -> None:
