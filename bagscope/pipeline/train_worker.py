@@ -218,7 +218,8 @@ def _tell(task: MemberTask, epoch: Epoch, began_s: float, new: Sequence[Epoch]) 
     parts = [f"epoch {epoch.number}/{most}", f"loss {epoch.losses['total']:.4f}"]
     if task.inner:
         parts += [f"validation {epoch.validation_loss:.4f}", f"{metric} {epoch.metric:.3f}"]
-    parts += [f"{rate:,.0f} tiles/s"]
+    left_s = epoch.seconds * (most - epoch.number)
+    parts += [f"{rate:,.0f} tiles/s", f"at most {left_s:,.0f} s left"]
     facts = {
         "text": ", ".join(parts),
         "epoch": epoch.number,
@@ -227,7 +228,7 @@ def _tell(task: MemberTask, epoch: Epoch, began_s: float, new: Sequence[Epoch]) 
         "validation_loss": _number(epoch.validation_loss),
         "metric": _number(epoch.metric),
         "tiles_per_s": rate,
-        "longest_left_s": epoch.seconds * (most - epoch.number),
+        "longest_left_s": left_s,
         "seconds": seconds,
         "history": [one.plain() for one in new],
     }

@@ -246,6 +246,8 @@ def tune_run(study: Study, request: TuneRequest, report: Reporter) -> TuneResult
 
     def on_message(name: str, message: bytes) -> None:
         facts = json.loads(message)
+        if not facts:  # a sign of life
+            return
         report.emit(SlideTold(stage=stage, slide_id=name, text=facts.pop("text"), facts=facts))
 
     from bagscope.cohort.executors.local import LocalExecutor

@@ -24,6 +24,7 @@ from bagscope.pipeline.train_worker import described, set_up, source_of
 from bagscope.pipeline.tune import RangeSpec, TuneTask, chosen_path, with_options
 
 Tell = Callable[[dict[str, Any]], None]
+"""Is told of every trial, and with nothing to say of every epoch: a sign of life."""
 
 
 def tune_task(task: TuneTask, tell: Tell) -> StageResult:
@@ -60,7 +61,7 @@ def tune_task(task: TuneTask, tell: Tell) -> StageResult:
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=False)
         trial = study.ask()
         options = {name: _ask(trial, name, where) for name, where in task.space.items()}
-        loss = score(task, with_options(task.recipe, options), folds)
+        loss = score(task, with_options(task.recipe, options), folds, lambda: tell({}))
         study.tell(trial, loss)
         artifacts.step("trial-told")
         tell(
@@ -126,7 +127,10 @@ def inner_folds(task: TuneTask) -> list[tuple[list[Case], list[Case]]]:
 
 
 def score(
-    task: TuneTask, recipe: TrainSpec, folds: Sequence[tuple[Sequence[Case], Sequence[Case]]]
+    task: TuneTask,
+    recipe: TrainSpec,
+    folds: Sequence[tuple[Sequence[Case], Sequence[Case]]],
+    beat: Callable[[], None] = lambda: None,
 ) -> float:
     """Return the mean validation loss of a recipe's kept weights; infinite where there is none."""
     losses = []
@@ -134,7 +138,13 @@ def score(
         train, inner = (source_of(task.location, cases) for cases in (learnt, scored))
         try:
             trainer = Trainer(
-                recipe, task.targets, train, inner, seed=task.seed, device=task.device
+                recipe,
+                task.targets,
+                train,
+                inner,
+                seed=task.seed,
+                device=task.device,
+                on_epoch=lambda _: beat(),
             )
             trained = trainer.run()
         except TrainingError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Ran, files_of
+from tests.cli.conftest import Ran
 
 Command = Callable[..., Ran]
 STUDY = """
@@ -24,8 +24,8 @@ run: {workers: 2}
 
 @pytest.fixture
 def study(slides: Path, tmp_path: Path) -> Path:
-    """Return a study of twelve slides, three of which are of their own and nine links."""
-    names = [f"{name}{copy}" for copy in range(4) for name in "abc"]
+    """Return a study of nine slides, which are links to three."""
+    names = [f"{name}{copy}" for copy in range(3) for name in "abc"]
     for name in names:
         os.link(slides / f"{name[0]}.svs", slides / f"{name}.svs")
     rows = "".join(f"{name},slides/{name}.svs,{place % 2}\n" for place, name in enumerate(names))
@@ -46,11 +46,6 @@ def test_run_goes_on_to_train_and_evaluate(bagscope: Command, study: Path) -> No
     assert "report: " in ran.out
     run = study / "runs" / "abmil"
     assert {"predictions.csv", "metrics.json", "report.html"} <= {p.name for p in run.iterdir()}
-    before = {name: c for name, c in files_of(run).items() if name.endswith(".safetensors")}
-    again = bagscope("run", study)
-    assert again.code == 0, again.err
-    after = {name: c for name, c in files_of(run).items() if name.endswith(".safetensors")}
-    assert after == before
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +171,12 @@ def test_another_recipe_under_the_same_name_is_refused_and_overwrites(
 def test_one_worker_and_a_second_seed_change_no_bit_of_the_first(
     trained: Path, folder: Path
 ) -> None:
-    ran = in_a_process(folder, "--workers", 1, "--seeds", "0,1")
+    tracked = ["--track", "tensorboard"] if find_spec("tensorboard") else []
+    ran = in_a_process(folder, "--workers", 1, "--seeds", "0,1", *tracked)
     assert ran.returncode == 0, ran.stderr
+    assert re.search(r"epoch 2/3, loss .*, validation .*, AUROC .* tiles/s, at most", ran.stderr)
+    events = folder / "study" / "runs" / "small" / "tensorboard"
+    assert len(list(events.glob("*/events.*"))) == (6 if tracked else 0)
     found, expected = members_of(folder), members_of(trained)
     assert len(found) == 2 * len(expected)
     assert {name: content for name, content in found.items() if "_s0/" in name} == expected

@@ -237,6 +237,18 @@ def test_no_test_case_can_be_reached_from_a_trainer(tmp_path: Path) -> None:
             assert not [path for path in paths | texts if Path(path).stem in held_out]
 
 
+def test_products_in_bfloat16_come_close_to_those_in_float32() -> None:
+    still = {"aggregator": {"options": {"dropout": 0.0}}}
+    exact = trained(made_recipe(**still))
+    coarse = trained(made_recipe(**still, training={"precision": "bfloat16"}))
+    assert all(weight.dtype == torch.float32 for weight in coarse.weights.values())
+    assert not same(exact, coarse)
+    assert exact.inner_logits is not None
+    assert coarse.inner_logits is not None
+    spread = np.abs(exact.inner_logits).max()
+    assert np.abs(exact.inner_logits - coarse.inner_logits).max() < 0.05 * spread
+
+
 def test_the_reward_of_entropy_knows_the_length_of_each_bag() -> None:
     runs = [
         trained(
