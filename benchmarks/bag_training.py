@@ -90,7 +90,9 @@ def score(trained: Trained, recipe: TrainSpec, data: Labelled, places: NDArray[n
 
     scale = scale_of(trained.statistics) if recipe.bags.standardise else None
     margins, tiles = [], []
-    for bags, output in outputs(trained.model, data.source(places), recipe.bags, scale=scale):
+    source, precision = data.source(places), recipe.training.precision
+    said = outputs(trained.model, source, recipe.bags, precision=precision, scale=scale)
+    for bags, output in said:
         logits = output.logits.double().numpy()
         margins.append(logits[:, 1] - logits[:, 0])
         scores = output.scores.double().numpy()
