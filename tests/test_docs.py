@@ -43,6 +43,10 @@ def test_verbs_that_pages_name_exist(page: Path) -> None:
         assert verb in VERBS, f"bagscope {verb}"
 
 
+COHORT = 10
+"""Slides that five folds of two classes can be made of."""
+
+
 def commands_of(page: Path) -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -57,14 +61,19 @@ def test_the_readme_s_commands_run_in_their_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # The README asks for 0.5 µm; these scans are at 1 µm and are called twice as fine.
-    rows = "".join(f"{path.stem},slides/{path.name},0.5\n" for path in slides.glob("*.svs"))
-    (tmp_path / "slides.csv").write_text(f"slide_id,path,mpp\n{rows}")
+    head, paths = "slide_id,path,mpp,label\n", sorted(slides.glob("*.svs"))
+    rows = [
+        f"s{i},slides/{paths[i % len(paths)].name},0.5,{'ab'[i % 2]}\n" for i in range(COHORT)
+    ]
+    (tmp_path / "slides.csv").write_text(head + "".join(rows))
+    (tmp_path / "new.csv").write_text(head + rows[0])
     commands = commands_of(ROOT / "README.md")
     assert len(commands) >= 3
     for _, *arguments in commands:
         ran = bagscope(*arguments)
         assert ran.code == 0, (arguments, ran.err)
-    assert len(list((tmp_path / "STUDY/tilings/0.50mpp_256px").glob("*.h5"))) == 3
+    assert len(list((tmp_path / "STUDY/tilings/0.50mpp_256px").glob("*.h5"))) == COHORT
+    assert (tmp_path / "STUDY/runs/abmil/report.html").exists()
     shutil.rmtree(tmp_path / "STUDY")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bagscope.cli import console, options
+from bagscope.cli.evaluate import print_evaluation
 from bagscope.errors import ConfigError
 from bagscope.pipeline.demo import STAGES, run_demo
 
@@ -38,6 +39,11 @@ def demo(
         console.print_extraction(result.extracted, as_json=as_json)
     if result.trained is not None:
         console.print_training(result.trained, as_json=as_json)
+    if result.evaluated is not None:
+        print_evaluation(result.evaluated, as_json=as_json)
+    if result.drawn is not None:
+        console.print_report(result.drawn, as_json=as_json)
     if not as_json:
-        typer.echo(f"look at {result.sheet}")
+        for page in result.pages:
+            typer.echo(f"look at {page}")
     raise typer.Exit(result.exit_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bagscope.cohort.jobs import RunReport
 from bagscope.cohort.progress import Reporter
@@ -14,23 +15,30 @@ from bagscope.pipeline.tile import tile_cohort
 from bagscope.pipeline.train import TrainRequest, TrainResult, train_run
 from bagscope.wsi.tiling import tiling_name
 
-STAGES = ("tile", "extract", "train")
+if TYPE_CHECKING:
+    from bagscope.pipeline.evaluate import EvaluateResult
+
+STAGES = ("tile", "extract", "train", "evaluate", "heatmap")
 TARGET = TargetSpec(column="label", positive="tumor")
 FOLDS = 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class DemoResult:
-    """How the demo ended: the report of each stage that it came to, and the page to look at."""
+    """How the demo ended: what each stage that it came to said, and the pages to look at."""
 
     tiled: RunReport
-    extracted: ExtractResult | None
-    trained: TrainResult | None
-    sheet: Path
+    extracted: ExtractResult | None = None
+    trained: TrainResult | None = None
+    evaluated: EvaluateResult | None = None
+    drawn: RunReport | None = None
+    pages: tuple[Path, ...] = ()
 
     @property
     def exit_code(self) -> int:
         """Return the exit code of the last stage."""
+        if self.drawn is not None:
+            return self.drawn.exit_code
         if self.trained is not None:
             return self.trained.exit_code
         return self.extracted.report.exit_code if self.extracted else self.tiled.exit_code
@@ -60,14 +68,24 @@ def run_demo(
             workers=workers or available_cores(),
         )
     init_study(folder / "study", str(table))
-    study = open_study(
-        folder / "study", {"run": {"workers": workers}, "splits": {"folds": FOLDS}}
-    )
-    tiled = tile_cohort(study, report)
-    extracted, trained = None, None
-    if until != "tile" and not tiled.exit_code:
-        extracted = extract_cohort(study, report)
-    if until == "train" and extracted is not None and not extracted.report.exit_code:
-        trained = train_run(study, TrainRequest(targets=(TARGET,)), report)
-    sheet = study.tiling_folder(tiling_name(study.spec.tiling)) / "contact_sheet.html"
-    return DemoResult(tiled=tiled, extracted=extracted, trained=trained, sheet=sheet)
+    study = open_study(folder / "study", {"run": {"workers": workers}, "splits": {"folds": FOLDS}})
+    wanted = STAGES[: STAGES.index(until) + 1]
+    found = DemoResult(tiled=tile_cohort(study, report))
+    found.pages = (study.tiling_folder(tiling_name(study.spec.tiling)) / "contact_sheet.html",)
+    if "extract" in wanted and not found.exit_code:
+        found.extracted = extract_cohort(study, report)
+    if "train" in wanted and not found.exit_code:
+        found.trained = train_run(study, TrainRequest(targets=(TARGET,)), report)
+    if "evaluate" in wanted and not found.exit_code and found.trained is not None:
+        from bagscope.pipeline.evaluate import EvaluateRequest, evaluate_run
+
+        found.evaluated = evaluate_run(EvaluateRequest(run=found.trained.folder))
+        found.pages += (found.evaluated.report,)
+    if "heatmap" in wanted and not found.exit_code and found.trained is not None:
+        from bagscope.pipeline.heatmap import HeatmapRequest, draw_heatmaps, plan_heatmaps
+
+        request = HeatmapRequest(place=found.trained.folder, workers=workers)
+        planned = plan_heatmaps(request)
+        found.drawn = draw_heatmaps(planned, request, report)
+        found.pages += (planned.folder,)
+    return found
