@@ -37,6 +37,10 @@ _MARGIN_PX = 36
 _HEADER_PX = 92
 _FOOTER_PX = 64
 _SIDE_PX = 330
+_ID_SIZE, _TEXT_SIZE = 17.0, 12.0
+_LETTER_PX_PER_POINT = 0.95
+"""How wide a letter of the font is, generously: 0.68 em at 100 dots per inch."""
+_AROUND_RGB = (150, 150, 150)
 _INK = "#1a1a1a"
 _QUIET = "#5c5c5c"
 
@@ -89,11 +93,18 @@ def slide_picture(slide: Slide, frame: MaskFrame) -> NDArray[np.uint8]:
 def blend(
     rgb: NDArray[np.uint8] | None, scores: NDArray[np.float32], colours: ColourScale
 ) -> NDArray[np.uint8]:
-    """Lay scores (H, W) in colour over a slide (H, W, 3) in grey; over white without one."""
+    """Lay scores (H, W) in colour over a slide (H, W, 3) in grey; over white without one.
+
+    Without the slide a thin line is drawn around the tiles, so that pale ones are seen to be there.
+    """
+    import cv2
+
     over = colours.rgb(scores)
-    if rgb is None:
-        return over
     where = ~np.isnan(scores)
+    if rgb is None:
+        wider = cv2.dilate(where.view(np.uint8), np.ones((3, 3), np.uint8)).astype(np.bool_)
+        over[wider & ~where] = _AROUND_RGB
+        return over
     grey = np.repeat((rgb @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=2)
     # A little lighter than it is: colours keep their lightness on dark tissue.
     grey = 255 - (255 - grey) * 0.75
@@ -159,9 +170,14 @@ def _figure(
     from matplotlib.figure import Figure
 
     height, width = picture.shape[:2]
-    body = max(height, 470)
-    page_w = _MARGIN_PX * 3 + max(width, 420) + _SIDE_PX
-    page_h = _HEADER_PX + body + _FOOTER_PX
+    small = min(_SIDE_PX / width, 330 / height)
+    side_px = 250 if rgb is None else 300 + round(height * small)
+    left_px = max(width, 420)
+    page_w = _MARGIN_PX * 3 + left_px + _SIDE_PX
+    across = page_w - 2 * _MARGIN_PX
+    said = textwrap.wrap(caption.prediction, int(across / _LETTER_PX_PER_POINT / _TEXT_SIZE))
+    first = _HEADER_PX + 21 * max(0, len(said) - 1)
+    page_h = first + max(height, side_px) + _FOOTER_PX
     figure = Figure(figsize=(page_w / _DPI, page_h / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -172,22 +188,20 @@ def _figure(
     def text(left: float, top: float, words: str, **how: Any) -> None:
         figure.text(left / page_w, 1 - top / page_h, words, va="top", **{"color": _INK, **how})
 
-    text(_MARGIN_PX, 24, caption.slide_id, fontsize=17, fontweight="bold")
-    if caption.prediction:
-        text(_MARGIN_PX, 57, caption.prediction, fontsize=12)
-    main = axes(_MARGIN_PX, _HEADER_PX, width, height)
-    _show(main, picture)
+    fits = across / (_LETTER_PX_PER_POINT * 1.1 * max(1, len(caption.slide_id)))
+    text(_MARGIN_PX, 24, caption.slide_id, fontsize=min(_ID_SIZE, fits), fontweight="bold")
+    text(_MARGIN_PX, 57, "\n".join(said), fontsize=_TEXT_SIZE, linespacing=1.25)
+    _show(axes(_MARGIN_PX, first, width, height), picture)
     if places.mpp is not None:
-        _draw_scale_bar(axes, text, places, frame, _HEADER_PX + height)
+        _draw_scale_bar(axes, text, places, frame, first + height)
 
-    side = _MARGIN_PX * 2 + max(width, 420)
-    top = _draw_legend(axes, text, colours, caption.of, side)
+    side = _MARGIN_PX * 2 + left_px
+    opacity = 1.0 if rgb is None else OPACITY
+    top = _draw_legend(axes, text, colours, caption.of, side, first, opacity)
     if rgb is not None:
-        scale = min(_SIDE_PX / width, 330 / height)
-        small = axes(side, top + 22, round(width * scale), round(height * scale))
-        _show(small, rgb)
+        _show(axes(side, top + 22, round(width * small), round(height * small)), rgb)
         text(side, top, "the slide without colours", fontsize=9, color=_QUIET)
-        top += 22 + round(height * scale) + 22
+        top += 22 + round(height * small) + 22
     notes = [f"{len(places):,} tiles", *([caption.source] if caption.source else [])]
     notes += list(caption.remarks)
     lines = [line for note in notes for line in textwrap.wrap(note, 50)]
@@ -203,16 +217,17 @@ def _show(axes: Any, image: NDArray[np.uint8]) -> None:
         line.set_visible(False)
 
 
-def _draw_legend(axes: Any, text: Any, colours: ColourScale, of: str, side: int) -> int:
+def _draw_legend(
+    axes: Any, text: Any, colours: ColourScale, of: str, side: int, top: int, opacity: float
+) -> int:
     """Draw what the colours mean; return how far down it reaches, in pixels."""
-    top = _HEADER_PX
     title = colours.title + (f": {of}" if of else "")
     lines = textwrap.wrap(title, 40)
     text(side, top, "\n".join(lines), fontsize=11, fontweight="bold")
     top += 20 * len(lines) + 6
     bar = axes(side, top, _SIDE_PX, 18)
-    # As they are seen: over white, which is what most of a slide is in grey.
-    shown = 255 - (255 - lookup_table(colours.map_name).astype(np.float64)) * OPACITY
+    # As they are seen: over the white of the glass, or by themselves.
+    shown = 255 - (255 - lookup_table(colours.map_name).astype(np.float64)) * opacity
     bar.imshow(
         np.rint(shown).astype(np.uint8)[None],
         aspect="auto",
@@ -245,7 +260,7 @@ def _draw_scale_bar(axes: Any, text: Any, places: TilePlaces, frame: MaskFrame, 
 def _number(value: float, colours: ColourScale) -> str:
     if colours.logarithmic:
         return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}"
-    return f"{value:g}"
+    return f"{value:g}".replace("-", "−")
 
 
 _EXPLAINED = {

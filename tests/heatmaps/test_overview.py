@@ -100,9 +100,13 @@ def test_a_lattice_alone_is_drawn_on_white_and_without_a_scale_bar(colours: Colo
     places = made_places(4, 4, mpp=None, keep=checkerboard(4, 4).ravel())
     drawn = draw_overview(places, np.ones(8), colours, Caption(slide_id="x"), formats=("svg",))
     assert "µm" not in words(drawn["svg"])
-    picture = blend(None, raster(places, np.ones(8), places.frame(1)), colours)
-    assert (picture[~checkerboard(4, 4)] == 255).all()
-    assert len(np.unique(picture[checkerboard(4, 4)], axis=0)) == 1
+    picture = blend(None, raster(places, np.ones(8), places.frame(8)), colours)
+    by_tile = picture.reshape(4, 8, 4, 8, 3).transpose(0, 2, 1, 3, 4)
+    empty = by_tile[~checkerboard(4, 4)]
+    assert (empty[:, 1:-1, 1:-1] == 255).all()
+    # A line around the tiles tells pale ones from none.
+    assert (empty[:, 0] < 200).any()
+    assert len(np.unique(by_tile[checkerboard(4, 4)].reshape(-1, 3), axis=0)) == 1
 
 
 def test_a_single_tile_has_its_picture(colours: ColourScale) -> None:
