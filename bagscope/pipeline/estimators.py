@@ -116,8 +116,8 @@ class _MILEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
             for side in places
         )
         assert train is not None, "not every patient is drawn"
-        cuda = [torch.device(self.device)] if str(self.device).startswith("cuda") else []
-        with torch.random.fork_rng(devices=cuda):
+        uses_cuda = str(self.device).startswith("cuda") or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count() if uses_cuda else 0)):
             trainer = Trainer(recipe, [target], train, inner, seed=self.seed, device=self.device)
             trained = trainer.run()
         self.member_: Member = finish(trained, recipe, inner, seed=self.seed, fields={})
