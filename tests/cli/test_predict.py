@@ -256,7 +256,8 @@ def test_the_final_model_learns_from_all_for_as_long_as_the_folds_say(
     tiles = np.concatenate([bag.features.astype(np.float64) for bag in store])
     np.testing.assert_allclose(bundle.members["final"].statistics.mean, tiles.mean(axis=0))
     made = files_of(run / "model.bagscope")
-    assert bagscope(*asked).code == 0
+    ran = bagscope(*asked)
+    assert ran.code == 0, ran.out + ran.err
     assert files_of(run / "model.bagscope") == made
     assert predict(bagscope, trained).code == 0
     out = study / "predictions" / "r" / "study"
