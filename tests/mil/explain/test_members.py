@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from bagscope.errors import ArtifactError
 from bagscope.mil.cases import Case
 from bagscope.mil.explain.effects import measure, removal
 from bagscope.mil.explain.members import member_scores, member_subject
-from bagscope.mil.explain.question import class_question, member_question, probabilities
+from bagscope.mil.explain.question import (
+    NO_DECISION,
+    class_question,
+    member_question,
+    probabilities,
+)
 from bagscope.mil.member import Member
 from bagscope.mil.prediction import Panel, combine, mean_scores
 from bagscope.mil.sources import ArraySource
@@ -76,6 +82,29 @@ def test_a_member_decides_by_its_threshold(members: list[Member]) -> None:
     assert question.decided(answers).tolist() == [0, 1]
     with pytest.raises(ValueError, match="no target 'grade'; the model has label"):
         member_question(members[0], "grade")
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "values"),
+    [
+        ("survival", ("risk", "survival at 2"), np.array([[0.5, 0.9], [1.5, 0.2]])),
+        ("regression", ("t",), np.array([0.5, 1.5])),
+    ],
+)
+def test_nothing_is_decided_of_risks_and_values(
+    task: str, columns: tuple[str, ...], values: np.ndarray
+) -> None:
+    stub = SimpleNamespace(
+        targets=(SimpleNamespace(name="t", task=task),),
+        thresholds={},
+        objective=SimpleNamespace(columns={"t": columns}),
+        predictions=lambda logits: {"t": values},
+    )
+    question = member_question(stub)  # type: ignore[arg-type]
+    assert question.columns == columns[:1]
+    answers = question.read(np.zeros((2, 4)))
+    np.testing.assert_array_equal(answers, [[0.5], [1.5]])
+    assert question.decided(answers).tolist() == [NO_DECISION] * 2
 
 
 def test_features_that_are_no_numbers_are_refused(members: list[Member]) -> None:
