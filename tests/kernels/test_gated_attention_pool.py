@@ -239,6 +239,26 @@ def test_master_weights_keep_their_dtype() -> None:
     assert_close_to_float64(grads["weight"], true_grads["weight"], rtol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_computes_narrow_bags_in_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    given = problem()
+    assert given["x"] is not None
+    given["x"] = given["x"].to(dtype)
+    monkeypatch.setenv("BAGSCOPE_KERNELS", "reference")
+    settings: dict[str, Any] = {"dropout_p": 0.25, "projection_dropout_p": 0.3, "seed": 12}
+    found, grads = gradients(ours, given, **settings)
+    truth, true_grads = gradients(ours, doubled(given), **settings)
+    for name, a, b in zip(OUTPUTS, found, truth, strict=True):
+        is_empty = b == -torch.inf
+        assert a.dtype == torch.float32
+        assert_close_to_float64(a[~is_empty], b[~is_empty], what=name)
+    for name, grad in grads.items():
+        rtol = 1e-2 if name == "x" else 1e-5
+        assert_close_to_float64(grad, true_grads[name], rtol=rtol, atol=1e-6, what=name)
+
+
 def test_strided_inputs_and_permutations() -> None:
     given = problem(LONG_BESIDE_SHORT)
     found, _ = gradients(ours, given)

@@ -157,6 +157,23 @@ def test_master_weights_keep_their_dtype() -> None:
     assert_close_to_float64(found[0], truth[0], rtol=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_computes_narrow_tiles_in_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    given = problem(100)
+    assert given["h"] is not None
+    given["h"] = given["h"].to(dtype)
+    monkeypatch.setenv("BAGSCOPE_KERNELS", "reference")
+    found, grads = gradients(gated_scores, given, dropout_p=0.3, seed=11)
+    truth, true_grads = gradients(gated_scores, doubled(given), dropout_p=0.3, seed=11)
+    assert found[0].dtype == torch.float32
+    assert_close_to_float64(found[0], truth[0])
+    for name, grad in grads.items():
+        rtol = 1e-2 if name == "h" else 1e-5
+        assert_close_to_float64(grad, true_grads[name], rtol=rtol, what=name)
+
+
 def test_strided_inputs_and_the_same_bits_again() -> None:
     given = problem()
     found, grads = gradients(gated_scores, given)

@@ -113,12 +113,12 @@ def gated_attention_pool(
     keeps_h, keeps_gates = _kept(x, weight, bias, weights, keep)
     if wants_reference("gated_attention_pool", x):
         require_borders(cu_seqlens, len(x))
+        dtype = accumulator(x.dtype)
+        learned = (None if t is None else t.to(dtype) for t in (weight, bias, *weights))
         plain = gated_attention_pool_reference(
-            x,
+            x.to(dtype),
             cu_seqlens,
-            weight,
-            bias,
-            *weights,
+            *learned,
             mask,
             activation=activation,
             gate=gate,
@@ -126,7 +126,7 @@ def gated_attention_pool(
             projection_dropout_p=projection_dropout_p,
             seed=seed,
         )
-        return PooledBags(*(found.to(accumulator(x.dtype)) for found in plain))
+        return PooledBags(*plain)
     found = torch.ops.bagscope.gated_attention_pool(
         x,
         cu_seqlens,
