@@ -6,6 +6,7 @@ Nothing is trained here but the baselines, on the same sides of the same splits,
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from bagscope.mil.splits.plan import SplitPlan
 from bagscope.pipeline.finished_run import FinishedRun, changed_labels, read_run
 from bagscope.pipeline.study import COHORT_NAME, Study, open_study
 from bagscope.pipeline.train_data import find_features
+from bagscope.wsi.contact_sheet import without_folders
 
 if TYPE_CHECKING:
     from bagscope.features.store import FeatureStore
@@ -176,6 +178,12 @@ def evaluate_run(request: EvaluateRequest) -> EvaluateResult:
 
 def write_evaluation(folder: Path, result: RunResult) -> EvaluateResult:
     """Write numbers, figures and page; the page last."""
+    # Notes and reasons were written for whoever runs this, and may name folders.
+    result = dataclasses.replace(
+        result,
+        notes=tuple(without_folders(note) for note in result.notes),
+        left_out={name: without_folders(reason) for name, reason in result.left_out.items()},
+    )
     claims = {name: claims_of(result, one) for name, one in result.targets.items()}
     pictures = {name: _pictures(one) for name, one in result.targets.items()}
     _write_figures(folder / FIGURES_NAME, pictures)

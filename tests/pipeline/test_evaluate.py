@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,7 +17,12 @@ from sklearn import metrics as sk
 from bagscope.errors import ArtifactError, ConfigError
 from bagscope.mil.cases import Case
 from bagscope.mil.targets import TargetSpec
-from bagscope.pipeline.evaluate import EvaluateRequest, EvaluateResult, evaluate_run
+from bagscope.pipeline.evaluate import (
+    EvaluateRequest,
+    EvaluateResult,
+    evaluate_run,
+    write_evaluation,
+)
 from tests.cli.conftest import Ran, bagscope
 from tests.pipeline.made_runs import Says, made_cohort, made_run
 
@@ -178,6 +184,31 @@ def test_page_stands_alone_and_tells_nothing_of_this_machine(
         assert "/tmp" not in told
         assert Path.home().as_posix() + "/" not in told
     assert len(page.ids) > 10
+
+
+def test_page_shows_names_as_they_are_and_no_folder_of_a_note(
+    evaluated: EvaluateResult, tmp_path: Path
+) -> None:
+    answers = evaluated.result.targets["label"].answers
+    odd = answers.target.model_copy(update={"classes": ("<b>no", "$yes$ & more")})
+    target = dataclasses.replace(
+        evaluated.result.targets["label"], answers=dataclasses.replace(answers, target=odd)
+    )
+    result = dataclasses.replace(
+        evaluated.result,
+        run="<script>x</script>",
+        targets={"label": target},
+        notes=("/home/me/secret/clinical.csv: 3 rows match no slide",),
+        left_out={"s1": "/mnt/host7/s1.svs: could not be opened"},
+    )
+    found = write_evaluation(tmp_path, result)
+    text = found.report.read_text(encoding="utf-8") + found.metrics.read_text(encoding="utf-8")
+    assert "clinical.csv: 3 rows" in text and "s1.svs: could not" in text
+    assert "/home" not in text and "host7" not in text
+    page = References()
+    page.feed(found.report.read_text(encoding="utf-8"))
+    assert not page.tags & {"script", "b>no"}
+    assert "$yes$ &amp; more" in (tmp_path / "figures" / "confusion.svg").read_text("utf-8")
 
 
 def test_figures_are_xml_and_pixels(evaluated: EvaluateResult, good: Path) -> None:
@@ -388,6 +419,13 @@ def test_edited_splits_and_changed_labels_are_refused(
     splits.write_text(splits.read_text().replace("train", "test", 1))
     with pytest.raises(ArtifactError, match="was edited since the run was trained"):
         evaluate_run(EvaluateRequest(run=copied))
+
+
+def test_features_of_another_encoder_are_refused(good: Path, tmp_path: Path) -> None:
+    bags = [np.zeros((2, 7)) for _ in range(3)]
+    _, other = made_cohort(tmp_path / "other", bags, {"label": ["no", "yes", "no"]})
+    with pytest.raises(ConfigError, match="dimension is 7, and the run good was trained on 5"):
+        evaluate_run(EvaluateRequest(run=good, features=str(other)))
 
 
 def test_unknown_column_and_no_run_are_refused(good: Path, tmp_path: Path) -> None:

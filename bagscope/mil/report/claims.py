@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,11 +99,14 @@ def _who(run: RunResult, result: TargetResult) -> str:
         return f"{text}, {counts['event']} with an event"
     if task == "regression":
         return text
-    parts = ", ".join(
+    return f"{text} ({_of_classes(counts)})" if len(counts) <= 6 else text
+
+
+def _of_classes(counts: Mapping[str, int]) -> str:
+    return ", ".join(
         f"{count} of class {name}" if name[:1].isdigit() else f"{count} {name}"
         for name, count in counts.items()
     )
-    return f"{text} ({parts})" if len(counts) <= 6 else text
 
 
 def _chance(result: TargetResult) -> Iterator[Claim]:
@@ -175,8 +178,7 @@ def _few(result: TargetResult) -> Iterator[Claim]:
     if task == "survival":
         yield _few_claim(f"Only {_count(counts['event'], 'patient')} had an event")
         return
-    parts = ", ".join(f"{count} of {name}" for name, count in named.items())
-    yield _few_claim(f"Few patients of a class ({parts})")
+    yield _few_claim(f"A class has few patients ({_of_classes(named)})")
 
 
 def _few_claim(what: str) -> Claim:

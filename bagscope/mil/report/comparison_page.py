@@ -44,8 +44,8 @@ def comparison_page(target: str, found: Compared) -> str:
         ),
         element(
             "p",
-            f"Holm's rule raises p for the {len(found.pairs)} pairs that were looked at. Both "
-            "sides of a difference are computed on the same draws of patients. That two runs are "
+            f"{_holm_text(len(found.pairs))}Both sides of a difference are computed on the same "
+            "draws of patients. That two runs are "
             "not told apart does not mean that they are equal: the interval says how far apart "
             "they may be.",
             "about",
@@ -77,6 +77,10 @@ def p_text(p: float) -> str:
     if math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _holm_text(pairs: int) -> str:
+    return "" if pairs == 1 else f"Holm's rule raises p for the {pairs} pairs that were looked at. "
 
 
 def _better_first(pair: Pair) -> tuple[str, str]:

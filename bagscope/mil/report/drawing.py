@@ -56,6 +56,8 @@ _PARAMETERS: dict[str, Any] = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
     "svg.fonttype": "none",
+    # A class may be called "$x$".
+    "text.parse_math": False,
     # Names inside the SVG follow from its content, so that the same figure gives the same bytes.
     "svg.hashsalt": "bagscope",
 }

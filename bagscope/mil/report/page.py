@@ -19,6 +19,7 @@ from bagscope.mil.report.markup import (
     table,
 )
 from bagscope.mil.report.results import RunResult, TargetResult
+from bagscope.mil.targets import TargetSpec
 
 _FOLD_METRICS = 3
 """Columns of the table of folds, which is wide enough with these."""
@@ -32,6 +33,9 @@ _METHODS = {
     "external": "a cohort that no model was trained on",
 }
 _CAVEATS = {
+    "several": "Pooled values set scores of different models side by side as if on one scale; the "
+    "mean over folds does not, and rests on fewer patients each. A class or label that a fold "
+    "lacks is left out of the means over classes there.",
     "classes": "Pooled values set scores of different models side by side as if on one scale; the "
     "mean over folds does not, and rests on fewer patients each. Predictive values hold at "
     "this cohort's share of positives. Thresholds come from inner validation patients, never "
@@ -60,7 +64,7 @@ def report_page(
         element("h1", f"{run.run}: what this study can claim"),
         element("p", _subtitle(run), "soft"),
     ]
-    body += [first_lines(claims[name]) for name in run.targets]
+    body += [first_lines(own) for own in _without_repeats(run, claims)]
     for name, result in run.targets.items():
         body += _target(result, pictures[name], several=len(run.targets) > 1)
     body += [*_how(run), element("footer", _foot(run))]
@@ -97,7 +101,7 @@ def _target(
             yield element("p", f"Not shown: {_lower(name)} ({why}).", "about")
     yield element("h2", f"{prefix}All numbers")
     yield _numbers(result)
-    yield element("p", _CAVEATS.get(target.task, _CAVEATS["classes"]), "about")
+    yield element("p", _caveat(target), "about")
     yield element("h2", f"{prefix}Figures")
     for one in shown.values():
         yield figure(one)
@@ -143,6 +147,23 @@ def _rivals(result: TargetResult) -> Iterator[Markup]:
     yield table(("", f"{label} (95 %)", "Model minus rival (95 %)", "Verdict"), rows, first=True)
     for name, why in result.skipped.items():
         yield element("p", f"Not shown: {_lower(name)} ({why}).", "about")
+
+
+def _caveat(target: TargetSpec) -> str:
+    if target.task in _CAVEATS and (target.task != "classes" or len(target.classes) == 2):
+        return _CAVEATS[target.task]
+    return _CAVEATS["several"]
+
+
+def _without_repeats(
+    run: RunResult, claims: Mapping[str, Sequence[Claim]]
+) -> Iterator[Sequence[Claim]]:
+    """Yield each target's first lines, a note that holds for the whole run only once."""
+    told: set[str] = set()
+    for name in run.targets:
+        own = [one for one in claims[name] if one.tone != "note" or one.text not in told]
+        told.update(one.text for one in own)
+        yield own
 
 
 def _lower(label: str) -> str:
