@@ -22,8 +22,7 @@ ROOMS = (
 TOP = (*ROOMS, "pipeline", "cli")
 HEAVY = ("torch", "scipy", "cv2", "pandas")
 VERBS = (
-    "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor",
-    "splits", "evaluate", "compare", "tune",
+    "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor", "splits", "evaluate", "compare", "tune", "train", "predict", "heatmap",
 )  # fmt: skip
 
 
