@@ -22,7 +22,8 @@ ROOMS = (
 TOP = (*ROOMS, "pipeline", "cli")
 HEAVY = ("torch", "scipy", "cv2", "pandas")
 VERBS = (
-    "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor", "splits", "evaluate", "compare", "tune", "train", "predict", "heatmap",
+    "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor",
+    "splits", "train", "tune", "evaluate", "compare", "predict", "heatmap",
 )  # fmt: skip
 
 
