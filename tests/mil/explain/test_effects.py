@@ -29,7 +29,7 @@ from bagscope.mil.explain.effects import (
 from bagscope.mil.explain.pools import pool_of
 from bagscope.mil.explain.question import class_question
 from bagscope.testing.planted import planted_bags
-from tests.mil.explain.made_models import EVERY, QUESTION, asked, bags, model, oracle
+from tests.mil.explain.made_models import QUESTION, asked, bags, model, oracle
 
 OWN, DONOR = 9, 5
 
@@ -46,7 +46,7 @@ def array(*rows: int) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ["gated", "acmil", "max"])
 def test_effects_are_those_of_the_bags_themselves(kind: str) -> None:
     about = subject(kind)
     wanted = {
@@ -146,11 +146,11 @@ def test_random_controls_are_as_large_and_the_same_each_time() -> None:
 
 
 def test_planted_tiles_are_necessary_and_sufficient_and_random_ones_are_not() -> None:
-    planted = planted_bags(6, seed=2, tiles=(150, 200), share=0.04)
+    planted = planted_bags(4, seed=2, tiles=(150, 200), share=0.04)
     aggregator = oracle(planted)
     question = class_question(("normal", "tumour"), threshold=0.5)
     effects = []
-    for place in (1, 3, 5):
+    for place in (1, 3):
         made = [torch.from_numpy(planted.bags[n]) for n in (place, 2)]
         joined = Bags.of(made, bag_ids=[f"positive {place}", "negative"])
         about = Subject(bags=joined, pool=pool_of(aggregator, joined, question))
@@ -167,10 +167,8 @@ def test_planted_tiles_are_necessary_and_sufficient_and_random_ones_are_not() ->
         assert np.median(alone) > 0.9 and single[0].before[1] < 0.1
         result = with_controls(about, addition(tumour[[alone.argmax()]]))
         assert result.excess[1] > 0.8 and result.p_value[1] <= 3 / 21
-    summary = over_cohort(
-        effects, column=1, patients=["p", "p", "q"], truth=[True] * 3, resamples=200
-    )
-    assert summary.column == "tumour" and summary.slides == summary.flips == 3
+    summary = over_cohort(effects, column=1, patients=["p", "q"], truth=[True] * 2, resamples=200)
+    assert summary.column == "tumour" and summary.slides == summary.flips == 2
     assert summary.change.difference < -0.9 and summary.change.high < -0.9
     assert [estimate.value for estimate in summary.sensitivity] == [1.0, 0.0]
     assert np.isnan(summary.specificity[0].value)
