@@ -124,23 +124,27 @@ def _chance(result: TargetResult) -> Iterator[Claim]:
 def _leaks(result: TargetResult) -> Iterator[Claim]:
     estimate = result.scores.headline_estimate
     chance = result.scores.headline.chance
-    leaks = [rival for rival in result.rivals if rival.name in LEAKS]
+    sure = not math.isnan(estimate.low)
+    bound = estimate.low if sure else estimate.value
     below = []
-    for rival in leaks:
-        told = f"{_LEAK_SAYS[rival.name]} {number_text(rival.estimate.value)}"
+    for rival in result.rivals:
+        if rival.name not in LEAKS:
+            continue
+        value = rival.estimate.value
+        told = f"{_LEAK_SAYS[rival.name]} {number_text(value)}"
         # What ranks no better than chance leaks nothing, however wide the interval.
-        knows = chance is None or rival.estimate.value > chance
-        if knows and rival.estimate.value >= estimate.low:
-            where = "above" if rival.estimate.value > estimate.high else "within"
+        if value >= bound and (chance is None or value > chance):
+            where = "above" if value > (estimate.high if sure else estimate.value) else "within"
+            what = "the model's interval" if sure else "what the model reaches"
             yield Claim(
                 tone="warning",
-                text=f"{_sentence([told])}, {where} the "
-                f"model's interval: {_LEAK_MEANS[rival.name]}.",
+                text=f"{_sentence([told])}, {where} {what}: {_LEAK_MEANS[rival.name]}.",
             )
-        elif rival.estimate.value < estimate.low:
+        elif value < bound:
             below.append(told)
     if below:
-        yield Claim(tone="good", text=f"{_sentence(below)}, below the model's interval.")
+        what = "the model's interval" if sure else "what the model reaches"
+        yield Claim(tone="good", text=f"{_sentence(below)}, below {what}.")
     for label, reason in result.skipped.items():
         if "not at hand" in reason and "alone" in label:
             yield Claim(tone="warning", text=f"{label} was not looked at: {reason}.")
