@@ -132,11 +132,7 @@ class FittedObjective(Spec):
         terms, present = self._main(self.criteria, output.logits, targets)
         weights = dict.fromkeys(terms, 0.0) | {"bag": self._weight("bag")}
         if output.branch_logits is not None:
-            branches = [
-                self._main(self.criteria, logits, targets)[0]["bag"]
-                for logits in output.branch_logits.unbind(1)
-            ]
-            terms["semantic"] = torch.stack(branches).mean(0)
+            terms["semantic"] = self._semantic(output.branch_logits, targets)
             present["semantic"] = present["bag"]
             weights["semantic"] = self._weight("semantic")
         for name, term in output.losses.items():
@@ -261,6 +257,20 @@ class FittedObjective(Spec):
             for target, _, _, loss, has in parts:
                 terms[f"bag/{target.name}"], present[f"bag/{target.name}"] = loss, has
         return terms, present
+
+    def _semantic(self, branch_logits: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean over branches of the main loss, (B,) of logits (B, M, C)."""
+        if self.needs_batch_of_bags:
+            each = [
+                self._main(self.criteria, logits, targets)[0]["bag"]
+                for logits in branch_logits.unbind(1)
+            ]
+            return torch.stack(each).mean(0)
+        # Bags are judged one by one, so the branches can be so many more of them.
+        bags, branches = branch_logits.shape[:2]
+        rows = {name: rows.repeat_interleave(branches, 0) for name, rows in targets.items()}
+        losses = self._main(self.criteria, branch_logits.flatten(0, 1), rows)[0]["bag"]
+        return losses.view(bags, branches).mean(1)
 
     def _parts(
         self, criteria: Sequence[Criterion], logits: Tensor, targets: Mapping[str, Tensor]
