@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests beyond two processes gain little and cost memory.
 JOBS ?= 2
+# Folder of musk1.npz, fox.npz and alt_atheism.npz, for `make bench`; they are not shipped.
+MIL_DATA ?=
 
 .DEFAULT_GOAL := help
 
@@ -55,17 +57,21 @@ bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
 	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_attention.py
 	$(BIN)/python benchmarks/bench_scan.py
+	$(BIN)/python benchmarks/bench_training.py
+	$(BIN)/python benchmarks/bench_planted.py
+	test -z "$(MIL_DATA)" || $(BIN)/python benchmarks/classic_mil.py "$(MIL_DATA)"
 
 bench-gpu: $(READY) ## the kernels' tests and benchmarks on a CUDA device, a few minutes
 	$(BIN)/python -m pytest -m gpu tests/kernels
 	$(BIN)/python benchmarks/bench_kernels.py --device cuda --compile --record
 	$(BIN)/python benchmarks/bench_gpu.py --compile --record
 
-drill: $(READY) ## kill runs at random moments and resume; damage files and find it
+drill: $(READY) ## kill runs and resume; damage files and find it; train on noise
 	$(BIN)/python benchmarks/drill.py --kills 200
 	$(BIN)/python benchmarks/drill.py --stage extract --kills 100
 	$(BIN)/python benchmarks/drill.py --stage train --kills 20
 	$(BIN)/python benchmarks/drill_verify.py --damages 200
+	$(BIN)/python benchmarks/canary.py --seeds 20
 
 golden: $(READY) ## write the golden files of tests/golden anew (a change wants a changelog line)
 	$(BIN)/python tests/golden/make.py

@@ -27,7 +27,7 @@ SETTINGS = {
     "aggregator": {"options": {"hidden": 16, "attention": 8, "dropout": 0.0}},
     "optimiser": {"lr": 1e-2, "schedule": "constant"},
     "bags": {"bags_per_step": 8},
-    "training": {"epochs": 8, "patience": None, "monitor": "metric"},
+    "training": {"epochs": 6, "patience": None, "monitor": "metric"},
 }
 """So that it learns by heart what it is given, and keeps the epoch that looks best."""
 
