@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bagscope.artifacts import canonical_json
 from bagscope.cli import options, target_options
 from bagscope.cli.counter import StepCounter
-from bagscope.mil.splits.plan import SplitSpec
-from bagscope.pipeline.splits import (
-    DEFAULT_NAME,
-    MadeSplits,
-    SideSummary,
-    check_study_splits,
-    make_study_splits,
-    split_spec,
-    summarise_splits,
-)
+from bagscope.mil.splits.plan import DEFAULT_NAME, SplitSpec
 from bagscope.pipeline.study import open_study
+
+if TYPE_CHECKING:
+    from bagscope.pipeline.splits import MadeSplits, SideSummary
 
 MAX_SPLITS_SHOWN = 12
 
@@ -72,6 +66,8 @@ def make(
         "stratify": stratify,
         "file": file,
     }
+    from bagscope.pipeline.splits import make_study_splits, split_spec
+
     made = make_study_splits(
         opened,
         targets,
@@ -108,6 +104,8 @@ def check(
 ) -> None:
     """Look for patients on two sides, missing classes, tissue scanned twice; exit 1 on any."""
     progress = StepCounter("splits", silent=as_json)
+    from bagscope.pipeline.splits import check_study_splits
+
     path, found = check_study_splits(place, name, features=features, advance=progress.advance)
     for kind, sentences in (("note", found.notes), ("fault", found.faults)):
         for sentence in sentences:
@@ -124,6 +122,8 @@ def check(
 
 
 def _print_made(made: MadeSplits, *, dry_run: bool, as_json: bool) -> None:
+    from bagscope.pipeline.splits import summarise_splits
+
     summaries = summarise_splits(made)
     if as_json:
         for summary in summaries:

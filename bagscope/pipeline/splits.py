@@ -17,14 +17,19 @@ from bagscope.mil.splits.checking import SplitFindings, examine_splits
 from bagscope.mil.splits.duplicates import judge_shared_tiles, shared_tiles
 from bagscope.mil.splits.files import read_splits, was_edited, write_splits
 from bagscope.mil.splits.making import make_splits
-from bagscope.mil.splits.plan import SHARED_OPTIONS, Side, SplitPlan, SplitSpec
+from bagscope.mil.splits.plan import (
+    DEFAULT_NAME,
+    SHARED_OPTIONS,
+    Side,
+    SplitPlan,
+    SplitSpec,
+)
 from bagscope.mil.splits.strata import Patient, patients_of
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, Study, open_study
 from bagscope.specs import parse_spec
 
 FOLDER_NAME = "splits"
-DEFAULT_NAME = "default"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

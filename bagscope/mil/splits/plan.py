@@ -19,6 +19,9 @@ from bagscope.mil.cases import CaseTable, Per
 from bagscope.mil.targets import TargetSpec, is_missing
 from bagscope.specs import Spec
 
+DEFAULT_NAME = "default"
+"""Of a study's splits."""
+
 Method = Literal["kfold", "monte_carlo", "fixed", "site_out", "site_preserving"]
 Side = Literal["train", "val", "test"]
 SIDES: tuple[Side, ...] = ("train", "val", "test")
