@@ -152,8 +152,10 @@ def draw_overview(
 
 def _encoded(figure: Figure, name: str) -> bytes:
     content = io.BytesIO()
-    about: dict[str, Any] = {"Software": None} if name == "png" else {"Date": None, "Creator": None}
-    figure.savefig(content, format=name, dpi=_DPI, metadata=about)
+    how: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}}
+    if name == "png":
+        how = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}}
+    figure.savefig(content, format=name, dpi=_DPI, **how)
     return content.getvalue()
 
 
