@@ -15,6 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 
 ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"
+TRIED_VARIABLE = "BAGSCOPE_MATRIX_UNITS"
+"""Says "fine" to the processes that one starts which has tried; a trial takes seconds."""
+_FINE = "fine"
 _WITHOUT_MATRIX_UNITS = "AVX512_CORE_FP16"
 _TRIAL = (
     "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); "
@@ -33,12 +36,14 @@ def avoid_broken_units() -> bool:
     Must come before the first product of the process, since oneDNN looks once. Costs nothing where
     no such units are advertised.
     """
-    if ISA_VARIABLE in os.environ or not advertises_matrix_units():
+    known = ISA_VARIABLE in os.environ or os.environ.get(TRIED_VARIABLE) == _FINE
+    if known or not advertises_matrix_units():
         return False
     trial = subprocess.run(
         [sys.executable, "-c", _TRIAL], capture_output=True, check=False, timeout=_PATIENCE_S
     )
     if trial.returncode == 0:
+        os.environ[TRIED_VARIABLE] = _FINE
         return False
     os.environ[ISA_VARIABLE] = _WITHOUT_MATRIX_UNITS
     return True

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bagscope.arithmetic import avoid_broken_units
+from bagscope.arithmetic import TRIED_VARIABLE, avoid_broken_units
 from bagscope.errors import ConfigError
 from bagscope.features import precision
 from bagscope.features.precision import choose_precision, cpu_policy
@@ -27,6 +27,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for cache in caches:
         cache.cache_clear()
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(TRIED_VARIABLE, "")  # so that it is put back
     yield
     for cache in caches:
         cache.cache_clear()
@@ -72,6 +73,9 @@ def test_matrix_units_that_work_are_used(machine: SimpleNamespace) -> None:
     avoid_broken_units()
     assert machine.trials == 1
     assert VARIABLE not in os.environ
+    avoid_broken_units.cache_clear()  # as in a process that this one starts
+    avoid_broken_units()
+    assert machine.trials == 1
 
 
 def test_nothing_is_tried_where_nothing_is_suspect(machine: SimpleNamespace) -> None:
