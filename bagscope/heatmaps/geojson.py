@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bagscope.artifacts import atomic_file
 from bagscope.errors import ConfigError
 from bagscope.heatmaps.colours import ColourScale
-from bagscope.heatmaps.raster import cells_of
+from bagscope.heatmaps.raster import cell_count, cells_of
 from bagscope.heatmaps.scores import ScaleName
 from bagscope.heatmaps.tile_places import TilePlaces
 from bagscope.wsi.geojson import Frame, region_texts
@@ -39,6 +39,7 @@ LEVELS: Mapping[ScaleName, tuple[float, ...]] = {
 }
 """From which score on a region counts as hot, where nobody says."""
 
+_MAX_CELLS = 1 << 26
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -140,6 +141,10 @@ def write_geojson(
         Sentences for the user.
     """
     levels = LEVELS[colours.scale] if levels is None else levels
+    notes = []
+    if levels and cell_count(places) > _MAX_CELLS:
+        notes.append("the tiles lie on no lattice: no regions are drawn of them")
+        levels = ()
     hot = [region for level in levels for region in hot_regions(places, values, level, colours)]
     regions = [*tissue, *hot]
     shows_tiles = len(places) <= max_tiles
@@ -164,11 +169,12 @@ def write_geojson(
     with atomic_file(path) as temporary, _opened(temporary, path) as write:
         for text in texts:
             write(text.encode())
-    if shows_tiles:
-        return ()
-    return (
-        f"{len(places):,} tiles: {path.name} has regions only (--max-tiles {len(places)} for all)",
-    )
+    if not shows_tiles:
+        notes.append(
+            f"{len(places):,} tiles: {path.name} has regions only "
+            f"(--max-tiles {len(places)} for all)"
+        )
+    return tuple(notes)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,12 @@ def cells_of(places: TilePlaces, values: NDArray[np.floating]) -> Cells:
     return _cells(_boxes_l0(places), np.asarray(values, np.float64))
 
 
+def cell_count(places: TilePlaces) -> int:
+    """Return how many cells the tiles' edges make: few on a lattice, very many off it."""
+    columns, rows = (len(np.unique(places.coords_l0[:, axis])) for axis in (0, 1))
+    return (2 * columns - 1) * (2 * rows - 1)
+
+
 def _boxes_l0(places: TilePlaces) -> NDArray[np.float64]:
     """Return the tiles' edges (4, n): left, right, top, bottom.
 

@@ -92,6 +92,10 @@ def pick_column(names: Sequence[str], wanted: str | None, predicted: str | None 
         ConfigError: no column of the wanted name.
     """
     if wanted is not None:
+        if wanted not in names and all(name.isdigit() for name in names):
+            raise ConfigError(
+                f"--class {wanted!r}: the model's scores are the same for all classes; leave it out"
+            )
         if wanted not in names:
             raise ConfigError(f"--class {wanted!r}: no such column{did_you_mean(wanted, names)}")
         return Column(name=wanted, index=list(names).index(wanted))

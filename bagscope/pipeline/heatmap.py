@@ -147,11 +147,12 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
         for slide_id, file in files.items()
     }
     colours, unusable = _colours(request, files, columns, scale, task)
-    shown = {columns[slide_id].name for slide_id in files}
-    of = shown.pop() if len(shown) == 1 else "the predicted class"
-    drawn = scale if not of else f"{scale}-{of}"
+    names = first.score_names
+    by_prediction = request.class_name is None and len(names) > 2 and not names[0].isdigit()
+    of = "the predicted class" if by_prediction else columns[first.slide_id].name
+    drawn = f"{scale}-predicted" if by_prediction else f"{scale}-{of}" if of else scale
     if artifacts.portable_name_problem(drawn):
-        drawn = f"{scale}-{first.score_names.index(of)}" if of in first.score_names else scale
+        drawn = f"{scale}-{names.index(of)}"
     folder = request.out or (study.folder / "heatmaps" / name if study else None)
     if folder is None:
         raise ConfigError(f"{request.place}: in no study; name where the output goes with --out")

@@ -51,8 +51,8 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
     slide = task.slide if task.slide is not None and task.slide.exists() else None
     if not places.is_slide:
         slide = None
-    tissue = _tissue(task, file)
-    fields = _fields(task, file, slide, tissue)
+    tiles = _tile_file(task, file)
+    fields = _fields(task, file, slide, tiles)
     stored = _stored(task.target)
     facts: dict[str, Json] = {"tiles": len(places)}
     if stored is not None and not task.overwrite:
@@ -69,6 +69,7 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
             )
     measured = _measured(task, file)
     values = measured[_measurement(task.scale, task.column, file)]
+    tissue = _tissue(tiles)
     warnings = list(places.notes)
     if slide is None and places.is_slide:
         where = "is in no cohort of this study" if task.slide is None else "is not at its path"
@@ -94,7 +95,7 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
 
 
 def _fields(
-    task: HeatmapTask, file: ScoreFile, slide: Path | None, tissue: Sequence[Region]
+    task: HeatmapTask, file: ScoreFile, slide: Path | None, tiles: TileFile | None
 ) -> dict[str, Json]:
     return {
         "stage": "heatmap",
@@ -108,7 +109,7 @@ def _fields(
         "frame": task.frame,
         "levels": None if task.levels is None else list(task.levels),
         "max_tiles": task.max_tiles,
-        "tissue": len(tissue),
+        "tissue": None if tiles is None else artifacts.fingerprint({"": tiles.outline_geojson}),
         "slide": None if slide is None else slide_identity(slide),
         "formats": sorted(task.formats),
     }
@@ -243,14 +244,13 @@ def _overview(
     )
 
 
-def _tissue(task: HeatmapTask, file: ScoreFile) -> tuple[Region, ...]:
+def _tissue(tiles: TileFile | None) -> tuple[Region, ...]:
     """Return the tissue's outline from the tiling that the tiles are of, where that is there."""
-    found = _tile_file(task, file)
-    if found is None or not found.outline_geojson:
+    if tiles is None or not tiles.outline_geojson:
         return ()
-    bounds = found.bounds_l0
+    bounds = tiles.bounds_l0
     regions = parse_features(
-        f"{task.slide_id}.h5", json.loads(found.outline_geojson), (bounds.x_l0, bounds.y_l0)
+        tiles.slide_id, json.loads(tiles.outline_geojson), (bounds.x_l0, bounds.y_l0)
     )
     return tuple(region for region in regions if region.class_name == TISSUE)
 

@@ -15,6 +15,7 @@ from shapely.geometry import box, shape
 from bagscope.errors import ConfigError
 from bagscope.heatmaps.colours import ColourScale, shared_scale
 from bagscope.heatmaps.geojson import hot_regions, write_geojson
+from bagscope.heatmaps.tile_places import places_of
 from bagscope.wsi.geojson import read_regions
 from bagscope.wsi.outline import Polygon, Region
 from tests.heatmaps.made import made_places
@@ -135,6 +136,19 @@ def test_beyond_many_tiles_regions_only(tmp_path: Path, colours: ColourScale) ->
     assert region["properties"]["measurements"]["tiles"] == 25
     with pytest.raises(ConfigError, match="--levels"):
         write_geojson(path, places, values, colours, max_tiles=24, levels=(), **how)
+
+
+def test_tiles_off_any_lattice_are_told_and_drawn_alone(
+    tmp_path: Path, colours: ColourScale
+) -> None:
+    coords = np.random.default_rng(0).permutation(60_000).reshape(-1, 2)[:5000].astype(np.int32)
+    places = places_of(coords, None, {"extent_l0": 256.0, "step_l0": 256.0}, 5000)
+    path = tmp_path / "map.geojson"
+    (said,) = write_geojson(
+        path, places, np.full(5000, 3.0), colours, slide_id="s", measurements={}
+    )
+    assert "no lattice" in said
+    assert len(features_of(path)) == 5000
 
 
 def test_packed_files_hold_the_same(tmp_path: Path, colours: ColourScale) -> None:

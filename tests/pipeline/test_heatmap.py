@@ -153,7 +153,7 @@ def test_classes_of_an_instance_model(tmp_path: Path) -> None:
         ({"slides": ("A",)}, "--slide A: has no scores"),
         ({"scale": "probability"}, "choose one of ratio, logit, percentile"),
         ({"scale": "contribution"}, "no contributions"),
-        ({"class_name": "tumor"}, "--class 'tumor'"),
+        ({"class_name": "tumor"}, "the same for all classes"),
         ({"formats": ("pdf",)}, "no format 'pdf'"),
         ({"limits": (2.0, 1.0)}, "the second must be the larger"),
         ({"limits": (0.0, 1.0)}, "a ratio is above 0"),
@@ -169,6 +169,36 @@ def test_what_can_not_be_drawn_is_refused_at_once(
     write_scores(run, "a", log_weights(5))
     with pytest.raises(ConfigError, match=told):
         plan_heatmaps(dataclasses.replace(HeatmapRequest(place=run), **options))  # type: ignore[arg-type]
+
+
+def test_predictions_have_heatmaps_of_their_own(tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a",))
+    there = tmp_path / "predictions" / "abmil" / "new"
+    for place in (run, there):
+        write_scores(place, "a", log_weights(12))
+    folders = [plan_heatmaps(HeatmapRequest(place=place)).folder for place in (run, there)]
+    assert folders == [tmp_path / "heatmaps" / name for name in ("abmil", "abmil.new")]
+    (tmp_path / "cohort.csv").unlink()
+    with pytest.raises(ConfigError, match="--out"):
+        plan_heatmaps(HeatmapRequest(place=there))
+    elsewhere = plan_heatmaps(HeatmapRequest(place=there, out=tmp_path / "out"))
+    (task,) = elsewhere.tasks.values()
+    (told,) = heatmap_task(dataclasses.replace(task, formats=("csv",))).warnings
+    assert "is in no cohort of this study" in told
+
+
+def test_of_many_classes_each_slide_shows_the_predicted_one(tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a", "b"))
+    for slide_id in "ab":
+        logits = RNG.normal(size=(12, 3))
+        write_scores(run, slide_id, logits, kind="instance_logit", names=("x", "y", "z"))
+    (run / "predictions.csv").write_text(
+        "case_id,t,t_predicted,t_p_x,t_p_y,t_p_z\na,x,x,0.8,0.1,0.1\nb,x,y,0.1,0.8,0.1\n"
+    )
+    planned = plan_heatmaps(HeatmapRequest(place=run))
+    assert planned.drawn == "logit-predicted"
+    assert [task.column.name for task in planned.tasks.values()] == ["x", "y"]
+    assert plan_heatmaps(HeatmapRequest(place=run, class_name="z")).drawn == "logit-z"
 
 
 def test_captions(tmp_path: Path) -> None:
