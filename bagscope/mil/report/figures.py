@@ -158,6 +158,12 @@ def confusion_matrix(answers: Answers) -> Picture:
     table = confusion(answers.truth[:, 0], answers.called, classes=len(classes))
     of_class = np.maximum(table.sum(axis=1, keepdims=True), 1)
     shares: FloatArray = table / of_class
+    how = "The most probable class is called."
+    if _is_binary(answers):
+        how = (
+            "The threshold of each fold comes from its own inner validation patients, or is 0.5 "
+            "where those were too few."
+        )
     size = max(3.0, 1.1 + 0.85 * len(classes))
     with canvas(size + 0.9, size) as figure:
         axes = figure.subplots()
@@ -188,8 +194,7 @@ def confusion_matrix(answers: Answers) -> Picture:
             figure,
             name="confusion",
             title="What was called what",
-            caption="Test cases by truth (rows) and call (columns), with the share of the row. The "
-            "threshold of each fold comes from its own inner validation patients.",
+            caption=f"Test cases by truth (rows) and call (columns), with the share of the row. {how}",
         )
 
 

@@ -38,9 +38,9 @@ _CAVEATS = {
     "lacks is left out of the means over classes there.",
     "classes": "Pooled values set scores of different models side by side as if on one scale; the "
     "mean over folds does not, and rests on fewer patients each. Predictive values hold at "
-    "this cohort's share of positives. Thresholds come from inner validation patients, never "
-    "from test patients, but for the two rows “at 90 %”, which choose theirs on the test "
-    "patients and are on the bright side.",
+    "this cohort's share of positives. Thresholds come from inner validation "
+    "patients, or are 0.5 where those were too few; never from test patients, but for the two rows "
+    "“at 90 %”, which choose theirs on the test patients and are on the bright side.",
     "survival": "Risks of different models are on no common scale, so the headline is the mean "
     "over folds of values within each. Times are quartiles of the times of events.",
     "regression": "R² compares with the mean of these very test cases; below 0, that mean would "
@@ -279,7 +279,7 @@ def _members(run: RunResult) -> Iterator[Markup]:
     yield element(
         "p",
         "Calibration and threshold are fitted on each fold's own inner validation patients, never "
-        "on test patients.",
+        "on test patients. Where those are too few, nothing is fitted and the threshold is 0.5.",
         "about",
     )
     yield table(("Model", "Epoch kept", "Calibration", "Threshold"), rows)
