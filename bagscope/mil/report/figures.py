@@ -194,7 +194,8 @@ def confusion_matrix(answers: Answers) -> Picture:
             figure,
             name="confusion",
             title="What was called what",
-            caption=f"Test cases by truth (rows) and call (columns), with the share of the row. {how}",
+            caption="Test cases by truth (rows) and call (columns), with the share of the row. "
+            f"{how}",
         )
 
 
