@@ -28,7 +28,7 @@ from bagscope.kernels.gated_attention_pool.cpu import (
 )
 from bagscope.kernels.gated_attention_pool.reference import gated_attention_pool_reference
 from bagscope.kernels.gated_scores import Gate, refused, require_gates, wants_reference
-from bagscope.kernels.gated_scores.cpu import GateSettings, GateWeights, computing_dtype
+from bagscope.kernels.gated_scores.cpu import GateSettings, GateWeights, cast, computing_dtype
 from bagscope.kernels.segment_softmax_pool import accumulator, require_mask
 from bagscope.kernels.segments import require_borders
 
@@ -114,11 +114,12 @@ def gated_attention_pool(
     if wants_reference("gated_attention_pool", x):
         require_borders(cu_seqlens, len(x))
         dtype = accumulator(x.dtype)
-        learned = (None if t is None else t.to(dtype) for t in (weight, bias, *weights))
         plain = gated_attention_pool_reference(
             x.to(dtype),
             cu_seqlens,
-            *learned,
+            cast(weight, dtype),
+            cast(bias, dtype),
+            *weights.to(dtype),
             mask,
             activation=activation,
             gate=gate,

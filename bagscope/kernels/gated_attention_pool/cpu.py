@@ -19,6 +19,7 @@ from bagscope.kernels.gated_scores.cpu import (
     GateSettings,
     GateWeights,
     add_product,
+    cast,
     computing_dtype,
     linear,
     unwritten,
@@ -71,8 +72,7 @@ class Hidden:
     def __init__(self, problem: Problem, like: Tensor, rows: int) -> None:
         assert problem.projection_weight is not None
         self.weight = problem.projection_weight.to(like.dtype)
-        bias = problem.projection_bias
-        self.bias = None if bias is None else bias.to(like.dtype)
+        self.bias = cast(problem.projection_bias, like.dtype)
         self.activation = problem.activation
         self.dropout_p = problem.projection_dropout_p
         self.seed = problem.settings.seed ^ PROJECTION_SEED

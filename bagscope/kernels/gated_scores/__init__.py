@@ -70,8 +70,8 @@ def gated_scores(
     fits = len(h) * width * torch.finfo(computing_dtype(h)).bits // 8 <= KEEP_BYTES
     keeps = is_training and (keep == "all" or (keep == "auto" and fits))
     if wants_reference("gated_scores", h):
-        wide = (None if t is None else t.to(accumulator(h.dtype)) for t in (h, *weights))
-        return gated_scores_reference(*wide, gate, dropout_p, seed)
+        dtype = accumulator(h.dtype)
+        return gated_scores_reference(h.to(dtype), *weights.to(dtype), gate, dropout_p, seed)
     scores: Tensor = torch.ops.bagscope.gated_scores(h, *weights, gate, dropout_p, seed, keeps)[0]
     return scores
 

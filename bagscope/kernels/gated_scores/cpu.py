@@ -23,6 +23,22 @@ class GateWeights(NamedTuple):
     weight_w: Tensor
     bias_w: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> GateWeights:
+        """Return the same weights in a dtype."""
+        return GateWeights(
+            self.weight_v.to(dtype),
+            cast(self.bias_v, dtype),
+            cast(self.weight_u, dtype),
+            cast(self.bias_u, dtype),
+            self.weight_w.to(dtype),
+            cast(self.bias_w, dtype),
+        )
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor that may be absent in a dtype."""
+    return None if tensor is None else tensor.to(dtype)
+
 
 class GateSettings(NamedTuple):
     """V's activation ("tanh" or "relu"), the gates' dropout and its seed."""
@@ -44,8 +60,7 @@ def computing_dtype(tensor: Tensor) -> torch.dtype:
 def joined(weights: GateWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Return V over U (A or 2A, D) and their biases, so that one product serves both."""
     if weights.weight_u is None:
-        bias = weights.bias_v
-        return weights.weight_v.to(dtype), None if bias is None else bias.to(dtype)
+        return weights.weight_v.to(dtype), cast(weights.bias_v, dtype)
     both = torch.cat((weights.weight_v, weights.weight_u)).to(dtype)
     if weights.bias_v is None and weights.bias_u is None:
         return both, None
@@ -86,7 +101,7 @@ class Gates:
         self.is_gated = weights.weight_u is not None
         self.dropout_p = gate_dropout(settings.dropout_p, self.is_gated)
         self.w = weights.weight_w.to(self.sums)
-        self.c = None if weights.bias_w is None else weights.bias_w.to(self.sums)
+        self.c = cast(weights.bias_w, self.sums)
         self.z = like.new_empty(rows, len(self.weight))
         self.product = like.new_empty(rows, self.width)
         if with_gradients:
