@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from bagscope.errors import ArtifactError
 from bagscope.mil.sources import BagSource
 
 _FEW = 1e-12
+_ROWS = 128
+"""So many at a time that what is float64 stays in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,18 +58,19 @@ def statistics_of(source: BagSource) -> FeatureStatistics:
     count, mean, spread = 0, np.zeros(width), np.zeros(width)
     bag_means = np.empty((len(source.cases), width))
     for place in range(len(source.cases)):
-        tiles = source.read(place).features.astype(np.float64)
-        if not np.isfinite(tiles).all():
+        tiles = source.read(place).features
+        with np.errstate(invalid="ignore"):
+            here, spread_here = _moments(tiles)
+        if not np.isfinite(here).all():
             raise ArtifactError(
                 f"{source.cases[place].case_id}: {int((~np.isfinite(tiles)).any(axis=1).sum())} of "
                 f"{len(tiles)} tiles have features that are no finite numbers; extract them anew"
             )
-        here = tiles.mean(axis=0)
         bag_means[place] = here
         # Means and sums of squares are joined bag by bag: nothing cancels, nothing is kept.
         joined = count + len(tiles)
         apart = here - mean
-        spread += ((tiles - here) ** 2).sum(axis=0) + apart**2 * count * len(tiles) / joined
+        spread += spread_here + apart**2 * count * len(tiles) / joined
         mean += apart * len(tiles) / joined
         count = joined
     return FeatureStatistics(
@@ -75,6 +79,20 @@ def statistics_of(source: BagSource) -> FeatureStatistics:
         bag_mean=bag_means.mean(axis=0),
         bag_std=bag_means.std(axis=0),
     )
+
+
+def _moments(tiles: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean and the sum of squares about it, (D,) each, of tiles (n, D)."""
+    shift = tiles[:_ROWS].mean(axis=0, dtype=np.float64)  # so near the mean that nothing cancels
+    total, squares = np.zeros(tiles.shape[1]), np.zeros(tiles.shape[1])
+    for start in range(0, len(tiles), _ROWS):
+        block = tiles[start : start + _ROWS].astype(np.float64)
+        block -= shift
+        total += block.sum(axis=0)
+        block *= block
+        squares += block.sum(axis=0)
+    apart = total / len(tiles)
+    return shift + apart, np.maximum(squares - total * apart, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
