@@ -187,9 +187,15 @@ def _artefact_folders(folder: Path) -> list[Path]:
     """
     found: set[Path] = set()
     for stage in _STAGE_FOLDERS:
-        found |= {path.parent for path in (folder / stage).rglob(COMPLETE_NAME)}
+        complete = {path.parent for path in (folder / stage).rglob(COMPLETE_NAME)}
+        found |= complete
         for suffix in _FOLDER_SUFFIXES:
-            found |= {path for path in (folder / stage).rglob(f"*{suffix}") if path.is_dir()}
+            # One inside an artefact, as the Zarr of a heatmap, is vouched for by that.
+            found |= {
+                path
+                for path in (folder / stage).rglob(f"*{suffix}")
+                if path.is_dir() and complete.isdisjoint(path.parents)
+            }
     # Hidden ones are being written, or were left by a killed writer: nobody takes them for done.
     return sorted(
         path

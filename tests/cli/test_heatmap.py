@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy import special
 
+from bagscope.pipeline.heatmap import HeatmapRequest, plan_heatmaps
+from bagscope.pipeline.heatmap_worker import heatmap_task
 from bagscope.wsi.geojson import read_regions
 from bagscope.wsi.slide import RectL0
 from tests.cli.conftest import Ran, files_of, leftovers
@@ -54,3 +56,18 @@ def test_a_dry_run_writes_nothing(bagscope: Command, tmp_path: Path) -> None:
     assert "1 slides, ratio; colours from 0.5 to 2 on all of them" in ran.out
     assert files_of(tmp_path) == before
     assert bagscope("heatmap", run, "--dry-run", "--levels", "2;4").code == 2
+
+
+def test_verify_finds_a_flipped_bit_in_any_file(bagscope: Command, tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a",))
+    write_scores(run, "a", np.full((12, 1), -np.log(12)))
+    (task,) = plan_heatmaps(HeatmapRequest(place=run, formats=("csv", "ome-zarr"))).tasks.values()
+    heatmap_task(task)
+    assert bagscope("verify", tmp_path).code == 0
+    chunk = task.target / "score.ome.zarr" / "0" / "c" / "0" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    ran = bagscope("verify", tmp_path)
+    assert ran.code == 1
+    assert f"score.ome.zarr/{chunk.relative_to(task.target / 'score.ome.zarr')}" in ran.out
