@@ -85,6 +85,8 @@ def _headline(run: RunResult, result: TargetResult) -> Claim:
         how = f"the mean over {len(scores.by_fold)} folds"
     else:
         how = "all test patients pooled" if several else "on one held-out set"
+        if (rounds := len(result.answers.repeat_rows)) > 1:
+            how = f"test patients pooled within each of {rounds} rounds"
     tested = "" if run.method == "external" else ", each tested by models that never saw them"
     return Claim(tone="finding", text=f"{name}: {told}, {how}. {_who(run, result)}{tested}.")
 
