@@ -11,7 +11,6 @@ from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
 from bagscope.errors import ConfigError
 from bagscope.heatmaps.geojson import MAX_TILES
-from bagscope.heatmaps.scores import ScaleName
 from bagscope.pipeline.heatmap import (
     DEFAULT_FORMATS,
     FORMATS,
@@ -34,7 +33,7 @@ def heatmap(
         typer.Option("--slide", help="only this one; may be repeated", show_default=False),
     ] = None,
     scale: Annotated[
-        ScaleName | None,
+        Literal["ratio", "logit", "percentile", "probability"] | None,
         typer.Option("--scale", help="of the scores; the usual one if not set", show_default=False),
     ] = None,
     class_name: Annotated[

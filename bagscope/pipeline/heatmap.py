@@ -35,6 +35,7 @@ FORMATS = (
 )  # fmt: skip
 DEFAULT_FORMATS = ("png", "geojson")
 WORKER_MODULES = ("bagscope.pipeline.heatmap_worker",)
+_PICTURE_MODULES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +195,9 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
 
 def draw_heatmaps(planned: PlannedHeatmaps, request: HeatmapRequest, report: Reporter) -> RunReport:
     """Draw planned heatmaps; resumes where an earlier call stopped."""
-    options = run_options(planned.run, request.shard, "local", preload=WORKER_MODULES)
+    pictures = {"png", "svg"}.intersection(request.formats)
+    modules = (*WORKER_MODULES, *(_PICTURE_MODULES if pictures else ()))
+    options = run_options(planned.run, request.shard, "local", preload=modules)
     folders = tuple(task.target.parent for task in planned.tasks.values())
     return run_cohort(
         [Job(slide_id=slide_id, payload=task) for slide_id, task in planned.tasks.items()],

@@ -201,6 +201,14 @@ def test_of_many_classes_each_slide_shows_the_predicted_one(tmp_path: Path) -> N
     assert plan_heatmaps(HeatmapRequest(place=run, class_name="z")).drawn == "logit-z"
 
 
+def test_scores_of_different_models_are_refused(tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a", "b"))
+    for slide_id, names in (("a", ("x", "y")), ("b", ("x", "z"))):
+        write_scores(run, slide_id, np.zeros((12, 2)), kind="instance_logit", names=names)
+    with pytest.raises(ConfigError, match="different models"):
+        plan_heatmaps(HeatmapRequest(place=run))
+
+
 def test_captions(tmp_path: Path) -> None:
     table = tmp_path / "predictions.csv"
     table.write_text(
