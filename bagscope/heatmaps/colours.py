@@ -67,12 +67,13 @@ class ColourScale:
         return colours
 
     def ticks(self) -> list[float]:
-        """Return numbers to mark on a legend, at most eight, both ends among them."""
+        """Return numbers to mark on a legend, at most nine, both ends among them."""
         if self.logarithmic:
             power = round(math.log2(self.high))
-            stride = max(1, -(-power // 3))
-            powers = {0, power, *range(0, power, stride)}
-            return sorted({2.0**sign for p in powers for sign in (p, -p)})
+            powers = range(power + 1) if power <= 3 else (0, power // 2, power)
+            ticks = {2.0**sign for p in powers for sign in (p, -p)}
+            inside = {tick for tick in ticks if self.low < tick < self.high}
+            return sorted({self.low, *inside, self.high})
         return [round(number, 6) for number in np.linspace(self.low, self.high, 5)]
 
     def fields(self) -> dict[str, Json]:

@@ -22,6 +22,21 @@ def test_a_colour_means_the_same_number_on_every_slide() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((0.5, 2.0), [0.5, 1, 2]),
+        ((1 / 32, 32.0), [1 / 32, 1 / 4, 1, 4, 32]),
+        ((0.1, 6.0), [0.1, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 6]),
+        ((2.0, 9.0), [2, 4, 8, 9]),
+    ],
+)
+def test_a_legend_marks_both_ends_and_never_many(
+    limits: tuple[float, float], expected: list[float]
+) -> None:
+    assert shared_scale("ratio", "log_weight", limits=limits).ticks() == expected
+
+
 def test_one_hot_tile_does_not_bleach_the_others() -> None:
     values = np.concatenate([np.full(999, 1.0), [900.0]])
     assert shared_scale("ratio", "log_weight", [usual_range(values)]).high == 2.0
