@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 import recording  # noqa: E402
 import torch  # noqa: E402
 from bag_training import TARGET, Labelled, score, train, widths  # noqa: E402
+from bench_kernels import has_fast_bf16  # noqa: E402
 from eager_models import EAGER, relative_error  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -185,7 +186,9 @@ def step_rows(method: str, tiles: int, rounds: int | None) -> list[recording.Row
     }
     samples = timed(work, rounds or (3 if tiles > 20_000 else 15))
     case = f"{method}, {tiles:,} tiles: "
-    goals = {"ours": 2.5, "bf16": 4.0} if tiles == HUGE else {"ours": 1.0, "bf16": None}
+    # Half precision is asked to be fast where the processor's products are.
+    fast = 4.0 if tiles == HUGE and has_fast_bf16(torch.device("cpu")) else None
+    goals = {"ours": 2.5 if tiles == HUGE else 1.0, "bf16": fast}
     return [
         *(
             recording.Row(case + f"{name}, a step", statistics.median(seconds) * 1000, "ms")
