@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
 from bagscope.errors import ConfigError
-from bagscope.heatmaps.geojson import MAX_TILES
-from bagscope.pipeline.heatmap import (
-    DEFAULT_FORMATS,
-    FORMATS,
-    HeatmapRequest,
-    PlannedHeatmaps,
-    draw_heatmaps,
-    plan_heatmaps,
-)
+from bagscope.heatmaps.choices import DEFAULT_FORMATS, FORMATS, MAX_TILES
+
+if TYPE_CHECKING:
+    from bagscope.pipeline.heatmap import PlannedHeatmaps
 
 
 def heatmap(
@@ -75,6 +70,8 @@ def heatmap(
     as_json: options.AsJson = False,
 ) -> None:
     """Draw every slide's scores, in colours that mean the same on all of them; resumes."""
+    from bagscope.pipeline.heatmap import HeatmapRequest, draw_heatmaps, plan_heatmaps
+
     request = HeatmapRequest(
         place=place,
         slides=tuple(slide or ()),

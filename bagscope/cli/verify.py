@@ -9,7 +9,6 @@ import typer
 from bagscope.artifacts import canonical_json
 from bagscope.cli import options
 from bagscope.cli.counter import StepCounter
-from bagscope.pipeline.verify import verify_study
 
 
 def verify(
@@ -20,6 +19,8 @@ def verify(
     as_json: options.AsJson = False,
 ) -> None:
     """Check every tile file, feature file, model and status file; exit 1 on any fault."""
+    from bagscope.pipeline.verify import verify_study
+
     found = verify_study(folder, StepCounter("verify", silent=as_json).advance, workers=workers)
     for fault in found.faults:
         if as_json:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bagscope.heatmaps.scores import MEANINGS, ScaleName
+from bagscope.heatmaps.choices import ScaleName
+from bagscope.heatmaps.scores import MEANINGS
 
 if TYPE_CHECKING:
     from bagscope.artifacts import Json

@@ -17,18 +17,15 @@ from numpy.typing import NDArray
 
 from bagscope.artifacts import atomic_file
 from bagscope.errors import ConfigError
+from bagscope.heatmaps.choices import MAX_TILES, ScaleName
 from bagscope.heatmaps.colours import ColourScale
 from bagscope.heatmaps.raster import cell_count, cells_of
-from bagscope.heatmaps.scores import ScaleName
 from bagscope.heatmaps.tile_places import TilePlaces
 from bagscope.wsi.geojson import Frame, region_texts
 from bagscope.wsi.outline import MaskFrame, Polygon, Region, polygons
 
 if TYPE_CHECKING:
     from bagscope.wsi.slide import Rgb
-
-MAX_TILES = 50_000
-"""More single tiles than this make QuPath slow; hot regions say the same."""
 
 LEVELS: Mapping[ScaleName, tuple[float, ...]] = {
     "ratio": (2.0, 4.0),

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bagscope.errors import ArtifactError, ConfigError
+from bagscope.heatmaps.choices import ScaleName
 from bagscope.specs import did_you_mean
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-ScaleName = Literal["ratio", "logit", "percentile", "probability", "contribution"]
 Task = Literal["classes", "multilabel"]
 """Of which targets a logit has a probability: one class of several, or each class by itself."""
 

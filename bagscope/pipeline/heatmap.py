@@ -16,8 +16,8 @@ from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.errors import ArtifactError, ConfigError
-from bagscope.heatmaps.geojson import MAX_TILES
-from bagscope.heatmaps.scores import Column, ScaleName, on_scale, pick_column, require_scale
+from bagscope.heatmaps.choices import DEFAULT_FORMATS, FORMATS, MAX_TILES, ScaleName
+from bagscope.heatmaps.scores import Column, on_scale, pick_column, require_scale
 from bagscope.pipeline.bundle import SCORES_NAME
 from bagscope.pipeline.heatmap_captions import CaseCaption, read_captions
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, RunSpec, Study, open_study
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from bagscope.mil.score_file import ScoreFile
 
 STAGE = "heatmap"
-FORMATS = (
-    "png", "svg", "geojson", "geojson.gz", "geojson.zip", "ome-tiff", "ome-zarr", "csv", "parquet",
-)  # fmt: skip
-DEFAULT_FORMATS = ("png", "geojson")
 WORKER_MODULES = ("bagscope.pipeline.heatmap_worker",)
 _PICTURE_MODULES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 

@@ -6,7 +6,9 @@ knows their slides alone. When it is finished and sealed, another process predic
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -387,13 +389,24 @@ def test_one(job: Job) -> StageResult:
 
 
 def gather_predictions(folder: Path, tests: Sequence[TestTask]) -> Path:
-    """Write the predictions of all test folds as one table; return its path."""
-    lines: list[str] = []
+    """Write the predictions of all test folds as one table; return its path.
+
+    Members may have columns of their own, as survival at the edges of their own time bins; a row
+    is empty in those of the others.
+    """
+    columns: dict[str, None] = {}
+    rows: list[dict[str, str]] = []
     for task in tests:
-        head, *rows = (task.folder / PREDICTIONS_NAME).read_text(encoding="utf-8").splitlines()
-        lines += rows if lines else [head, *rows]
+        with (task.folder / PREDICTIONS_NAME).open(newline="", encoding="utf-8") as handle:
+            reader = csv.DictReader(handle)
+            rows += reader
+            columns |= dict.fromkeys(reader.fieldnames or ())
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     path = folder / PREDICTIONS_NAME
-    artifacts.write_text(path, "\n".join(lines) + "\n")
+    artifacts.write_text(path, text.getvalue())
     return path
 
 

@@ -12,7 +12,8 @@ from scipy import special
 
 from bagscope import artifacts
 from bagscope.errors import ArtifactError, ConfigError, FingerprintMismatch, SlideError
-from bagscope.pipeline.heatmap import FORMATS, HeatmapRequest, plan_heatmaps
+from bagscope.heatmaps.choices import FORMATS
+from bagscope.pipeline.heatmap import HeatmapRequest, plan_heatmaps
 from bagscope.pipeline.heatmap_captions import read_captions
 from bagscope.pipeline.heatmap_worker import heatmap_task
 from tests.heatmaps.made_run import made_study, write_scores
