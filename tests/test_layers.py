@@ -20,7 +20,7 @@ ROOMS = (
     "heatmaps",
 )  # fmt: skip
 TOP = (*ROOMS, "pipeline", "cli")
-HEAVY = ("torch", "scipy", "cv2", "pandas")
+HEAVY = ("torch", "scipy", "cv2", "pandas", "numpy", "h5py")
 VERBS = (
     "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor",
     "splits", "train", "tune", "evaluate", "compare", "predict", "heatmap",
