@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bagscope import artifacts
+from bagscope.arithmetic import avoid_broken_units
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import Job, RunOptions, RunReport, StageResult
 from bagscope.cohort.progress import Reporter, SlideTold
@@ -284,6 +285,7 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
 
     require_tracker(request.track)
     planned = plan_training(study, request)
+    avoid_broken_units()  # tried once, here: workers inherit what was found
     _claim_run(planned, overwrite=request.overwrite)
     tracking = Tracking(request.track, planned.folder) if request.track else None
     stage = f"{STAGE}/{planned.folder.name}"
