@@ -46,6 +46,10 @@ _KILL_PATIENCE_S = 5.0
 _RETIRE_ABOVE = 0.5
 """A worker that holds this part of its ceiling between two slides is replaced by a fresh one."""
 
+# Not every verb has the options; the study's file holds for all of them.
+_TIMEOUT_OPTION = "--timeout-minutes (run.timeout_minutes in study.yaml)"
+_MEMORY_OPTION = "--memory-limit-gib (run.memory_limit_gib in study.yaml)"
+
 _start_lock = threading.Lock()
 """Starting a worker changes the process for a moment (see `_hidden_main`)."""
 
@@ -312,7 +316,7 @@ class LocalExecutor:
             record = failed(
                 WorkerTimeout.__name__,
                 f"{job.slide_id}: took longer than the {limit_s:g} s allowed; raise "
-                "--timeout, or look at the slide",
+                f"{_TIMEOUT_OPTION}, or look at what it reads",
             )
         elif (limit_mib := self._memory_limit_mib) is not None and (
             held_mib := candidate.resident_mib(look_for_children=True)
@@ -320,7 +324,7 @@ class LocalExecutor:
             record = failed(
                 WorkerOutOfMemory.__name__,
                 f"{job.slide_id}: its worker held {held_mib:.0f} MiB, more than the "
-                f"{limit_mib:.0f} MiB allowed; raise --memory-limit, or use fewer workers",
+                f"{limit_mib:.0f} MiB allowed; raise {_MEMORY_OPTION}, or use fewer workers",
             )
         else:
             return None
@@ -353,7 +357,7 @@ def _how_it_died(exit_code: int | None) -> str:
     if name == "SIGKILL":
         return (
             "its worker was killed (SIGKILL), most likely by the system for want of memory; use "
-            "fewer workers, or set --memory-limit"
+            f"fewer workers, or lower {_MEMORY_OPTION}"
         )
     return f"its worker crashed ({name}) in a native library; the file may be damaged"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,14 @@ from typing import Any
 
 import chatty
 import pytest
+import typer
 
+from bagscope.cli.extract import extract
+from bagscope.cli.tile import tile
 from bagscope.cohort.executors.local import LocalExecutor
 from bagscope.cohort.executors.protocol import Finished
 from bagscope.cohort.jobs import Job
+from bagscope.pipeline.study import RunSpec
 
 PATIENCE_S = 60.0
 
@@ -56,6 +61,19 @@ class Conversation:
             ended = self.executor.wait(0.1)
         assert len(ended) == 1
         return ended[0]
+
+
+def assert_options_exist(message: str) -> None:
+    """Hold every option that a message names to those of the verbs and of study.yaml."""
+    named = re.findall(r"--[a-z-]+", message)
+    fields = re.findall(r"run\.(\w+) in study\.yaml", message)
+    assert named and fields, message
+    for verb in (tile, extract):
+        app = typer.Typer()
+        app.command()(verb)
+        parameters = typer.main.get_command(app).params
+        assert {name for parameter in parameters for name in parameter.opts} >= set(named)
+    assert RunSpec.model_fields.keys() >= set(fields)
 
 
 @pytest.fixture
@@ -133,6 +151,7 @@ def test_silence_after_the_answer_is_timed(talk) -> None:
     finished = conversation.end()
     assert finished.record["error_class"] == "WorkerTimeout"
     assert finished.slide_id in finished.record["message"]
+    assert_options_exist(finished.record["message"])
 
 
 def test_every_word_counts_as_progress(talk) -> None:
@@ -157,7 +176,9 @@ def test_death_while_waiting_is_noticed_at_once(talk) -> None:
     os.kill(int(conversation.heard[0][1]), signal.SIGKILL)
     # Whoever answers now speaks to nobody, and that is no error.
     conversation.executor.reply("a", b"too late")
-    assert conversation.end().record["error_class"] == "WorkerDied"
+    record = conversation.end().record
+    assert record["error_class"] == "WorkerDied"
+    assert_options_exist(record["message"])
     conversation.executor.reply("a", b"too late")
     conversation.give("a", "echo", b"again")
     conversation.answer = conversation.executor.reply
@@ -185,7 +206,9 @@ def test_an_answer_to_a_job_that_ended_reaches_no_other(talk) -> None:
 def test_memory_is_watched_while_a_job_waits(talk) -> None:
     conversation = talk(memory_limit_mib=700)
     conversation.give("a", "swell-and-ask", 900)
-    assert conversation.end().record["error_class"] == "WorkerOutOfMemory"
+    record = conversation.end().record
+    assert record["error_class"] == "WorkerOutOfMemory"
+    assert_options_exist(record["message"])
 
 
 def test_closing_ends_a_job_that_waits(talk) -> None:
