@@ -215,7 +215,8 @@ class MILSurvival(_MILEstimator):
     """Risk of bags; see `_MILEstimator` for the options.
 
     `y` is what scikit-survival has, a structured array of (event, time), or an (n, 2) array of the
-    same two columns.
+    same two columns. Cox's loss compares the bags of a step, so it asks for
+    `options={"objective": {"survival": "cox"}, "bags": {"bags_per_step": 32}}`, or so.
     """
 
     def fit(self, X: Sequence[Any], y: Any, groups: Sequence[Any] | None = None) -> Self:

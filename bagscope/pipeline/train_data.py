@@ -15,8 +15,8 @@ from bagscope.mil.aggregators.registry import build_aggregator
 from bagscope.mil.cases import CaseTable, Per, cases_of, listed
 from bagscope.mil.objectives.objective import build_objective
 from bagscope.mil.recipe import TrainSpec
-from bagscope.mil.splits.checking import check_splits
-from bagscope.mil.splits.files import read_splits, write_splits
+from bagscope.mil.splits.checking import examine_splits
+from bagscope.mil.splits.files import read_splits, was_edited, write_splits
 from bagscope.mil.splits.making import make_splits
 from bagscope.mil.splits.plan import SplitPlan, SplitSpec
 from bagscope.mil.targets import TargetSpec
@@ -105,10 +105,11 @@ def require_learnable(recipe: TrainSpec, table: CaseTable, plan: SplitPlan, dime
     """Refuse what no member could be trained with, before any is started.
 
     Raises:
-        ConfigError: an aggregator or options of it that there are not.
+        ConfigError: an aggregator or options of it that there are not, or that teach nothing.
         CohortError: a training side whose labels nothing can be learnt from; names the split.
     """
     objective = build_objective(table.targets, recipe.objective)
+    objective.require_step_of(recipe.bags.bags_per_step)
     aggregator = recipe.aggregator
     with torch.random.fork_rng(devices=[]):
         build_aggregator(aggregator.name, dimension, objective.outputs, aggregator.options)
@@ -133,16 +134,20 @@ def split_plan(
         ConfigError: the splits do not fit the cases, or are unsound.
     """
     path = splits_path(study, name)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if not path.exists():
         plan = make_splits(table, spec)
         if dry_run:
-            notes = (f"splits/{name}.csv would be made ({spec.method})",)
+            notes.append(f"splits/{name}.csv would be made ({spec.method})")
         else:
             write_splits(plan, path)
-            notes = (f"made splits/{name}.csv ({spec.method}); edit or replace it before training",)
+            notes.append(
+                f"made splits/{name}.csv ({spec.method}); edit or replace it before training"
+            )
     else:
         plan = read_splits(path)
+        if was_edited(plan, path):
+            notes.append(f"splits/{name}.csv was edited since it was made")
     if plan.per is not None and plan.per != table.per:
         raise ConfigError(
             f"{path}: splits cases per {plan.per}, and the run is per {table.per}; make other "
@@ -151,11 +156,16 @@ def split_plan(
     known = {case.case_id for case in table.cases}
     gone = sorted(set(plan.case_ids) - known)
     if gone:
-        notes += (f"in the splits, but without features or label: {listed(gone)} ({len(gone)})",)
+        notes.append(f"in the splits, but without features or label: {listed(gone)} ({len(gone)})")
         plan = plan.restricted_to(known)
-    if faults := check_splits(plan, table):
-        raise ConfigError(f"{path}: {'; '.join(faults[:10])}")
-    return plan, (*notes, *plan.notes)
+    # Where cases are gone, so are their labels: said already, and no change of the others.
+    found = examine_splits(dataclasses.replace(plan, labels="") if gone else plan, table)
+    if found.faults:
+        raise ConfigError(f"{path}: {'; '.join(found.faults[:10])}")
+    # A plan that was made just now carries the table's notes and what was found.
+    said = {*table.notes, *found.notes}
+    notes += [note for note in plan.notes if note not in said]
+    return plan, (*notes, *found.notes)
 
 
 def _with_tiles(table: CaseTable, store: FeatureStore, *, skip_missing: bool) -> CaseTable:

@@ -60,6 +60,19 @@ class Objective:
         """Return whether the loss compares the bags of a batch, which then must be many."""
         return any(self._kind(target) is CoxCriterion for target in self.targets)
 
+    def require_step_of(self, bags: int) -> None:
+        """Refuse steps of a single bag where the loss compares bags: nothing would be learnt.
+
+        Raises:
+            ConfigError: such a loss and such steps.
+        """
+        if bags < 2 and self.needs_batch_of_bags:
+            names = [target.name for target in self.targets if self._kind(target) is CoxCriterion]
+            raise ConfigError(
+                f"{names[0]}: Cox's loss compares the bags of a step, and bags.bags_per_step is "
+                f"{bags}, which teaches nothing; set it to 16 or more, or take survival: nll"
+            )
+
     def fit(self, values: Mapping[str, NDArray[np.float64]]) -> FittedObjective:
         """Learn class weights, time bins and scales.
 

@@ -138,6 +138,7 @@ class Trainer:
         self._scale = scale_of(self.statistics) if recipe.bags.standardise else None
         torch.manual_seed(seed)
         objective = build_objective(self.targets, recipe.objective)
+        objective.require_step_of(recipe.bags.bags_per_step)
         self.objective = objective.fit(_labels(train))
         self.model = build_aggregator(
             recipe.aggregator.name, train.dimension, objective.outputs, recipe.aggregator.options

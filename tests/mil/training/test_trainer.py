@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
 import math
 import types
@@ -264,3 +265,25 @@ def test_the_reward_of_entropy_knows_the_length_of_each_bag() -> None:
     # Over log N, no bag's is below -1.
     assert -1 <= per_length < 0
     assert plain < per_length
+
+
+def test_cox_of_one_bag_at_a_time_is_refused_and_of_several_learns() -> None:
+    survival = TargetSpec(column="os", task="survival", time="months", event="dead")
+    plain = made_source(12, seed=1)
+    source = ArraySource(
+        [plain.read(place).features for place in range(12)],
+        [
+            dataclasses.replace(case, targets={"os": (float(place + 1), 1.0)})
+            for place, case in enumerate(plain.cases)
+        ],
+    )
+
+    def losses(bags_per_step: int) -> list[float]:
+        recipe = made_recipe(objective={"survival": "cox"}, bags={"bags_per_step": bags_per_step})
+        run = Trainer(recipe, [survival], source, None, seed=0).run()
+        return [epoch.losses["bag"] for epoch in run.history]
+
+    with pytest.raises(ConfigError, match=r"bags_per_step is 1, .* set it to 16 or more"):
+        losses(1)
+    several = losses(6)
+    assert several[-1] < several[0]

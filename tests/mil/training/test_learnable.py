@@ -1,0 +1,45 @@
+"""What is refused before any member is started."""
+
+from __future__ import annotations
+
+import pytest
+
+from bagscope.errors import ConfigError
+from bagscope.mil.cases import Case, CaseTable
+from bagscope.mil.splits.plan import Split, SplitPlan, SplitSpec
+from bagscope.mil.targets import TargetSpec
+from bagscope.pipeline.train_data import require_learnable
+from tests.mil.made_bags import DIMENSION, made_recipe
+
+SURVIVAL = TargetSpec(column="os", task="survival", time="months", event="dead")
+CASES = tuple(
+    Case(
+        case_id=name,
+        patient_id=name,
+        slide_ids=(name,),
+        targets={"os": (float(months), 1.0)},
+    )
+    for months, name in enumerate("abcdef", start=1)
+)
+TABLE = CaseTable(cases=CASES, targets=(SURVIVAL,), per="slide")
+
+
+def plan_of(val: tuple[str, ...]) -> SplitPlan:
+    return SplitPlan(
+        splits=(Split(train=("a", "b", "c", "d"), val=val, test=("f",)),),
+        spec=SplitSpec(),
+        patient_of={case.case_id: case.patient_id for case in CASES},
+    )
+
+
+def test_cox_asks_for_steps_of_several_bags() -> None:
+    cox = {"objective": {"survival": "cox"}}
+    with pytest.raises(ConfigError, match=r"os: Cox's loss .*bags_per_step is 1"):
+        require_learnable(
+            made_recipe(**cox, bags={"bags_per_step": 1}), TABLE, plan_of(("e",)), DIMENSION
+        )
+    require_learnable(
+        made_recipe(**cox, bags={"bags_per_step": 2}), TABLE, plan_of(("e",)), DIMENSION
+    )
+    alone = made_recipe(objective={"bins": 2}, bags={"bags_per_step": 1})
+    require_learnable(alone, TABLE, plan_of(("e",)), DIMENSION)
