@@ -22,11 +22,13 @@ from bagscope.mil.evaluation.answers import (
     read_predictions,
 )
 from bagscope.mil.member import read_facts
+from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.report.results import MemberFacts
 from bagscope.mil.splits.files import read_splits
 from bagscope.mil.splits.plan import Split, SplitPlan
 from bagscope.mil.targets import TargetSpec
-from bagscope.pipeline.train import PREDICTIONS_NAME, SPLITS_NAME, read_config
+from bagscope.pipeline.recipes import laid_over
+from bagscope.pipeline.train import PREDICTIONS_NAME, SPLITS_NAME, gathered, read_config
 from bagscope.specs import parse_spec
 
 
@@ -110,7 +112,8 @@ def read_run(folder: Path) -> FinishedRun:
 
     Raises:
         ConfigError: no run there.
-        ArtifactError: it is not finished, or its splits or predictions were edited.
+        ArtifactError: it is not finished, its members are not of its configuration, or its splits
+            or predictions were edited.
     """
     # Its name is in the report, and "." is none.
     folder = folder.resolve()
@@ -132,6 +135,7 @@ def read_run(folder: Path) -> FinishedRun:
         for seed in config["seeds"]
     ]
     members = _member_facts(folder, [name for *_, name in names])
+    _require_planned(folder, config, names)
     _require_same_predictions(folder, [name for *_, name in names])
     table = read_predictions(folder / PREDICTIONS_NAME)
     _require_complete(folder, table, [(split, seed) for split, seed, _ in names])
@@ -167,6 +171,35 @@ def _member_facts(folder: Path, names: Sequence[str]) -> tuple[MemberFacts, ...]
     return tuple(found)
 
 
+def _require_planned(
+    folder: Path, config: Mapping[str, Any], names: Sequence[tuple[Split, int, str]]
+) -> None:
+    """Refuse members of another recipe, other targets or another seed than the run's."""
+    tuned = config.get("tuned", {})
+    for split, seed, name in names:
+        facts = read_facts(folder / name)
+        assert facts is not None, "only members that are finished are asked"
+        recipe = laid_over(config["recipe"], tuned.get(split.name, {}))
+        artifacts.require_same(
+            _resolved(facts["recipe"], facts["targets"], facts["seed"], folder / name),
+            _resolved(recipe, config["targets"], seed, folder / "config.yaml"),
+            what=str(folder / name),
+            remedy="train the run anew with bagscope train --overwrite",
+        )
+
+
+def _resolved(
+    recipe: Mapping[str, Any], targets: Sequence[Mapping[str, Any]], seed: int, where: Path
+) -> dict[str, artifacts.Json]:
+    """Return what a member is of, with the defaults of options that came later."""
+    specs = [parse_spec(TargetSpec, target, where=f"{where}: targets") for target in targets]
+    return {
+        "recipe": parse_spec(TrainSpec, recipe, where=f"{where}: recipe").model_dump(mode="json"),
+        "targets": [spec.model_dump(mode="json") for spec in specs],
+        "seed": seed,
+    }
+
+
 def _require_same_predictions(folder: Path, names: Sequence[str]) -> None:
     """Compare the run's table with those of its members, line by line."""
     path = folder / PREDICTIONS_NAME
@@ -175,10 +208,7 @@ def _require_same_predictions(folder: Path, names: Sequence[str]) -> None:
             f"{path}: is missing; run bagscope train again, which gathers the members' predictions"
         )
     given = path.read_text(encoding="utf-8").splitlines()
-    made: list[str] = []
-    for name in names:
-        head, *rows = (folder / name / PREDICTIONS_NAME).read_text(encoding="utf-8").splitlines()
-        made += rows if made else [head, *rows]
+    made = gathered([folder / name for name in names]).splitlines()
     if given != made:
         pairs = zip(given, made, strict=False)
         row = next(

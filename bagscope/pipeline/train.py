@@ -176,7 +176,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     Splits that are missing are made, and written unless it is a dry run.
 
     Raises:
-        ConfigError: a recipe, label or split that does not fit; names it.
+        ConfigError: a recipe, label, split or seeds that do not fit; names them.
         ArtifactError: no features.
     """
     from bagscope.features.store import FeatureStore
@@ -190,6 +190,11 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
 
     if not request.targets:
         raise ConfigError("nothing to predict; name a label column with --target")
+    if len(set(request.seeds)) < len(request.seeds):
+        raise ConfigError(
+            f"seeds are {', '.join(map(str, request.seeds))}; give each once: the same seed makes "
+            "the same model"
+        )
     recipe = load_recipe(request.recipe, request.settings)
     location = find_features(study, request.features, request.encoder)
     labelled = labelled_study(
@@ -282,11 +287,12 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         FingerprintMismatch: the run's name is taken by a run with other settings.
     """
     from bagscope.mil.training.tracking import Tracking, require_tracker
+    from bagscope.pipeline.run_folder import alone_at_the_end, claim_run, finished_members
 
     require_tracker(request.track)
     planned = plan_training(study, request)
     avoid_broken_units()  # tried once, here: workers inherit what was found
-    _claim_run(planned, overwrite=request.overwrite)
+    claim_run(planned, overwrite=request.overwrite)
     tracking = Tracking(request.track, planned.folder) if request.track else None
     stage = f"{STAGE}/{planned.folder.name}"
     # Epochs may take long; what a worker may not be is silent.
@@ -317,7 +323,9 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         notes=planned.notes,
     )
     if not trained.interrupted:
-        finished = [name for name, task in planned.members.items() if _is_finished(task.folder)]
+        # Members of all shards: the last one to end has something of each to test and to bundle.
+        options = dataclasses.replace(options, shard=None)
+        finished = finished_members(planned)
         tested = run_cohort(
             [Job(slide_id=name, payload=planned.tests[name]) for name in finished],
             test_one,
@@ -326,11 +334,13 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
             options=options,
             report=report,
         )
-        is_complete = not tested.exit_code and len(finished) == len(planned.members)
+        is_complete = not trained.exit_code and not tested.exit_code
+        is_complete &= len(finished) == len(planned.members)
         result = dataclasses.replace(result, tested=tested, is_complete=is_complete)
         if is_complete:
-            gather_predictions(planned.folder, list(planned.tests.values()))
-            result = _complete(study, planned, request, options, report, result)
+            with alone_at_the_end(study, planned, options):
+                gather_predictions(planned.folder, list(planned.tests.values()))
+                result = _complete(study, planned, request, options, report, result)
     return result
 
 
@@ -391,15 +401,22 @@ def test_one(job: Job) -> StageResult:
 
 
 def gather_predictions(folder: Path, tests: Sequence[TestTask]) -> Path:
-    """Write the predictions of all test folds as one table; return its path.
+    """Write the predictions of all test folds as one table; return its path."""
+    path = folder / PREDICTIONS_NAME
+    artifacts.write_text(path, gathered([task.folder for task in tests]))
+    return path
+
+
+def gathered(members: Sequence[Path]) -> str:
+    """Return the predictions of members' test folds as one table.
 
     Members may have columns of their own, as survival at the edges of their own time bins; a row
     is empty in those of the others.
     """
     columns: dict[str, None] = {}
     rows: list[dict[str, str]] = []
-    for task in tests:
-        with (task.folder / PREDICTIONS_NAME).open(newline="", encoding="utf-8") as handle:
+    for member in members:
+        with (member / PREDICTIONS_NAME).open(newline="", encoding="utf-8") as handle:
             reader = csv.DictReader(handle)
             rows += reader
             columns |= dict.fromkeys(reader.fieldnames or ())
@@ -407,9 +424,7 @@ def gather_predictions(folder: Path, tests: Sequence[TestTask]) -> Path:
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path = folder / PREDICTIONS_NAME
-    artifacts.write_text(path, text.getvalue())
-    return path
+    return text.getvalue()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -423,30 +438,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}: no run there (it has no {CONFIG_NAME}); run bagscope train")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     return dict(values)
-
-
-def _claim_run(planned: PlannedRun, *, overwrite: bool) -> None:
-    """Write the run's configuration, or refuse to mix two in one folder."""
-    from bagscope.mil.splits.files import write_splits
-
-    path = planned.folder / CONFIG_NAME
-    if path.exists() and not overwrite:
-        artifacts.require_same(
-            read_config(planned.folder),
-            planned.config,
-            what=str(planned.folder),
-            remedy="choose another --name, or train anew with --overwrite",
-        )
-    write_splits(planned.plan, planned.folder / SPLITS_NAME, overwrite=True)
-    artifacts.write_text(
-        path, yaml.safe_dump(json.loads(json.dumps(planned.config)), sort_keys=False)
-    )
-
-
-def _is_finished(folder: Path) -> bool:
-    from bagscope.mil.member import FACTS_NAME
-
-    return (folder / FACTS_NAME).exists()
 
 
 def _executor(

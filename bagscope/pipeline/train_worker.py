@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,18 +131,26 @@ def source_of(location: str, cases: Sequence[Case]) -> StoreSource:
     return StoreSource(FeatureStore.open(location, only=slides), cases)
 
 
-def member_fields(task: MemberTask) -> dict[str, Json]:
-    """Return what a member's numbers depend on."""
-    slides = {s for case in (*task.train, *task.inner) for s in case.slide_ids}
-    store = FeatureStore.open(task.location, only=slides)
+def member_fields(
+    task: MemberTask, fingerprint_of: Callable[[str], str] | None = None
+) -> dict[str, Json]:
+    """Return what a member's numbers depend on.
+
+    Args:
+        task: of the member.
+        fingerprint_of: of a slide's features; by default they are looked at.
+    """
+    if fingerprint_of is None:
+        slides = {s for case in (*task.train, *task.inner) for s in case.slide_ids}
+        fingerprint_of = fingerprints_in(FeatureStore.open(task.location, only=slides))
     fields: dict[str, Json] = {
         "stage": "train",
         "numerics": NUMERICS,
         "recipe": task.recipe.model_dump(mode="json"),
         "targets": [target.model_dump(mode="json") for target in task.targets],
         "seed": task.seed,
-        "train": artifacts.fingerprint(described(task.train, store)),
-        "inner": artifacts.fingerprint(described(task.inner, store)),
+        "train": artifacts.fingerprint(described(task.train, fingerprint_of)),
+        "inner": artifacts.fingerprint(described(task.inner, fingerprint_of)),
     }
     if task.stop_after is not None:
         fields["stop_after"] = task.stop_after
@@ -174,12 +183,17 @@ def _with_out_of_fold(trained: Trained, task: MemberTask) -> tuple[Trained, Stor
     return pooled, source_of(task.location, cases)
 
 
-def described(cases: Sequence[Case], store: FeatureStore) -> dict[str, Json]:
+def fingerprints_in(store: FeatureStore) -> Callable[[str], str]:
+    """Return what tells the fingerprint of a slide's features; it remembers them."""
+    return cache(lambda slide_id: store.record(slide_id).fingerprint)
+
+
+def described(cases: Sequence[Case], fingerprint_of: Callable[[str], str]) -> dict[str, Json]:
     """Return all that training sees of cases, as JSON."""
     return {
         case.case_id: {
             "patient": case.patient_id,
-            "slides": {slide_id: store.record(slide_id).fingerprint for slide_id in case.slide_ids},
+            "slides": {slide_id: fingerprint_of(slide_id) for slide_id in case.slide_ids},
             "targets": {name: [str(number) for number in v] for name, v in case.targets.items()},
         }
         for case in cases

@@ -20,7 +20,7 @@ from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.splits.strata import deal, patients_of, strata_of
 from bagscope.mil.training.trainer import Trainer, TrainingError
 from bagscope.pipeline.train import NUMERICS
-from bagscope.pipeline.train_worker import described, set_up, source_of
+from bagscope.pipeline.train_worker import described, fingerprints_in, set_up, source_of
 from bagscope.pipeline.tune import RangeSpec, TuneTask, chosen_path, with_options
 
 Tell = Callable[[dict[str, Any]], None]
@@ -108,7 +108,7 @@ def tune_fields(task: TuneTask) -> dict[str, Json]:
         "trials": task.trials,
         "inner_folds": task.inner_folds,
         "seed": task.seed,
-        "cases": artifacts.fingerprint(described(task.cases, store)),
+        "cases": artifacts.fingerprint(described(task.cases, fingerprints_in(store))),
     }
 
 

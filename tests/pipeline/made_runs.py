@@ -17,11 +17,11 @@ from bagscope.mil.cases import Case
 from bagscope.mil.prediction_table import target_columns
 from bagscope.mil.splits.plan import SplitSpec
 from bagscope.mil.targets import TargetSpec
+from bagscope.pipeline.run_folder import claim_run
 from bagscope.pipeline.study import init_study, open_study
 from bagscope.pipeline.train import (
     PREDICTIONS_NAME,
     TrainRequest,
-    _claim_run,
     gather_predictions,
     plan_training,
 )
@@ -84,7 +84,7 @@ def made_run(
         targets=(target,), name=name, seeds=seeds, split=split, features=str(features)
     )
     planned = plan_training(opened, request)
-    _claim_run(planned, overwrite=False)
+    claim_run(planned, overwrite=False)
     resolved = next(iter(planned.members.values())).targets[0]
     for member, test in planned.tests.items():
         values = np.array([says(case, test.seed) for case in test.cases], np.float64)
@@ -121,9 +121,9 @@ def made_run(
                 "temperatures": {},
                 "uncalibrated": {resolved.name: "class no has 4 validation patients"},
                 "thresholds": limits,
+                "recipe": planned.config["recipe"],
+                "targets": planned.config["targets"],
                 # What nobody asks of a model that is not run again.
-                "recipe": {},
-                "targets": [],
                 "objective": {},
                 "fields": {},
                 "weights_sha256": "",

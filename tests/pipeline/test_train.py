@@ -1,0 +1,192 @@
+"""Which members a run tests, gathers and bundles; members are trained in this process."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bagscope.cohort.executors import worker
+from bagscope.cohort.jobs import Failure, Job, RunOptions, RunReport, select_shard
+from bagscope.cohort.progress import SilentReporter
+from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
+from bagscope.mil.splits.plan import SplitSpec
+from bagscope.mil.targets import TargetSpec
+from bagscope.pipeline import bundle, train
+from bagscope.pipeline.finished_run import read_run
+from bagscope.pipeline.study import Study, open_study
+from bagscope.pipeline.train import TrainRequest, TrainResult, train_run
+from tests.cli.conftest import files_of
+from tests.mil.made_bags import made_study
+
+SMALL: dict[str, dict[str, Any]] = {
+    "aggregator": {"options": {"hidden": 8, "attention": 4}},
+    "bags": {"bags_per_step": 4},
+    "training": {"epochs": 1, "patience": None, "min_epochs": 0},
+}
+LONGER = {**SMALL, "training": {**SMALL["training"], "epochs": 2}}
+FOLDS = 3
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let cohorts be worked through here, one job after the other."""
+
+    def run_cohort(
+        jobs: Sequence[Job], work: Any, *, stage: str, options: RunOptions, **rest: object
+    ) -> RunReport:
+        (rest["status_dir"] / stage).mkdir(parents=True, exist_ok=True)  # type: ignore[operator]
+        counts = {"done": 0, "skipped": 0, "failed": 0}
+        failures = []
+        for job in select_shard(jobs, options.shard):
+            try:
+                counts[work(job).outcome] += 1
+            except BagscopeError as error:
+                counts["failed"] += 1
+                failures.append(
+                    Failure(
+                        slide_id=job.slide_id, error_class=type(error).__name__, message=str(error)
+                    )
+                )
+        total = sum(counts.values())
+        return RunReport(stage=stage, total=total, counts=counts, failures=tuple(failures))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "run_cohort", run_cohort)
+    monkeypatch.setattr(bundle, "run_cohort", run_cohort)
+    monkeypatch.setattr(worker, "tell", lambda message: None)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    made_study(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(untrained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(untrained, tmp_path / "made"))
+
+
+def opened(folder: Path, folds: int = FOLDS) -> Study:
+    study = open_study(folder / "study")
+    splits = SplitSpec.model_validate({"method": "kfold", "folds": folds})
+    return dataclasses.replace(study, spec=study.spec.model_copy(update={"splits": splits}))
+
+
+def trained(folder: Path, *, folds: int = FOLDS, **options: Any) -> TrainResult:
+    request = TrainRequest(
+        targets=(TargetSpec(column="label"),),
+        features=str(folder / "features"),
+        **{"settings": SMALL, **options},
+    )
+    return train_run(opened(folder, folds), request, SilentReporter())
+
+
+def members_in(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(place.rglob("member.json"))]
+
+
+def change_a_label(folder: Path) -> None:
+    """Turn the label of one patient."""
+    path = folder / "study" / "cohort.csv"
+    with path.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    patient = rows[0]["patient_id"]
+    for row in rows:
+        if row["patient_id"] == patient:
+            row["label"] = "1" if row["label"] == "0" else "0"
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_members_of_other_labels_are_neither_tested_nor_gathered(folder: Path) -> None:
+    first = trained(folder)
+    assert (first.exit_code, first.is_complete) == (0, True)
+    before = files_of(first.folder)
+    change_a_label(folder)
+    again = trained(folder)
+    # The fold that tests the patient never saw the label, and is as it should be.
+    assert [failure.error_class for failure in again.trained.failures] == [
+        "FingerprintMismatch"
+    ] * (FOLDS - 1)
+    assert again.tested is not None
+    assert again.tested.total == 1
+    assert (again.exit_code, again.is_complete, again.bundle) == (1, False, None)
+    after = files_of(first.folder)
+    changed = {name for name in after if after[name] != before[name]}
+    assert all(name.startswith("fold_") for name in changed)
+
+
+def test_shards_that_train_anew_leave_no_run_of_mixed_members(folder: Path) -> None:
+    whole = trained(folder)
+    half = trained(folder, settings=LONGER, overwrite=True, shard=(1, 2))
+    assert half.exit_code == 0
+    assert sorted({facts["epochs"] for facts in members_in(whole.folder)}) == [1, 2]
+    assert (half.is_complete, half.bundle) == (False, None)
+    assert not (whole.folder / "predictions.csv").exists()
+    rest = trained(folder, settings=LONGER, overwrite=True, shard=(2, 2))
+    assert (rest.exit_code, rest.is_complete) == (0, True)
+    assert rest.bundle is not None
+    assert [facts["epochs"] for facts in members_in(rest.bundle)] == [2] * FOLDS
+    assert read_run(rest.folder).seeds == (0,)
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_shards_in_turn_come_to_the_run_of_one_process(
+    folder: Path, tmp_path: Path, order: tuple[int, int]
+) -> None:
+    whole = trained(Path(shutil.copytree(folder, tmp_path / "whole")))
+    first, last = (trained(folder, shard=(number, 2)) for number in order)
+    assert (first.exit_code, first.is_complete) == (0, False)
+    assert (last.exit_code, last.is_complete) == (0, True)
+
+    def kept(run: Path) -> dict[str, bytes]:
+        # The lines of metrics.csv tell seconds.
+        return {name: one for name, one in files_of(run).items() if "metrics.csv" not in name}
+
+    assert kept(last.folder) == kept(whole.folder)
+
+
+def test_a_member_of_another_recipe_is_not_judged(folder: Path) -> None:
+    run = trained(folder).folder
+    path = run / "fold_r0_f1_s0" / "member.json"
+    facts = json.loads(path.read_text())
+    facts["recipe"]["training"]["epochs"] = 7
+    path.write_text(json.dumps(facts))
+    with pytest.raises(FingerprintMismatch, match=r"f1_s0 .*epochs is 7, asked for 1.*--overwrite"):
+        read_run(run)
+
+
+def test_a_seed_twice_is_refused_before_anything_is_written(folder: Path) -> None:
+    before = files_of(folder)
+    with pytest.raises(ConfigError, match=r"seeds are 0, 1, 0; give each once"):
+        trained(folder, seeds=(0, 1, 0))
+    assert files_of(folder) == before
+
+
+def test_nothing_of_a_run_outlives_its_configuration(folder: Path) -> None:
+    run = trained(folder, final=True).folder
+    for name in ("metrics.json", "report.html", "figures/roc.svg", "scores/gone.h5", "notes.txt"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("of before")
+    fewer = trained(folder, folds=2, split="two", settings=LONGER, overwrite=True)
+    assert (fewer.exit_code, fewer.is_complete) == (0, True)
+    names = {path.name for path in run.iterdir()}
+    assert {name for name in names if name.startswith("fold_")} == {
+        "fold_r0_f0_s0",
+        "fold_r0_f1_s0",
+    }
+    assert not names & {"metrics.json", "report.html", "figures", "final"}
+    assert not (run / "scores" / "gone.h5").exists()
+    # What is not ours stays.
+    assert (run / "notes.txt").read_text() == "of before"
+    assert [facts["epochs"] for facts in members_in(run / "model.bagscope")] == [2, 2]
