@@ -2,6 +2,9 @@
 
 total = Σ_k weight_k · mean_k,  the mean of term k over the bags that take part in it
 
+Where a step is cut into batches, means are over the bags of the whole step, so that its batches'
+totals add up to the step's.
+
 bag        Σ over targets of weight_t · ℓ_t; a bag without a target's label takes no part in it
 semantic   the same loss of every branch of `branch_logits`, averaged over the branches
 entropy    see `entropy`; its weight is the schedule's
@@ -46,6 +49,21 @@ AnyCriterion = Annotated[
 ]
 
 OWN_TERMS = ("bag", "semantic", "entropy")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Over how many bags means are taken: whole numbers without an axis.
+
+    Attributes:
+        bags: all of them.
+        labelled: those with a label of any target.
+        of_target: those with each target's label.
+    """
+
+    bags: Tensor
+    labelled: Tensor
+    of_target: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +133,7 @@ class FittedObjective(Spec):
         *,
         progress: float,
         lengths: Tensor | None = None,
+        step: Counts | None = None,
     ) -> Losses:
         """Return the losses of a batch while training.
 
@@ -123,16 +142,18 @@ class FittedObjective(Spec):
             targets: (B, w) float64 by name, NaN where missing.
             progress: share of the training that is done, from 0 to 1, for schedules.
             lengths: (B,) tiles of each bag; only `entropy.per_log_n` needs them.
+            step: of the bags of which the batch is a part; of the batch itself if None.
 
         Raises:
             ConfigError: a weight for a term that isn't there, or entropy of an aggregator that
                 reports none.
         """
         everyone = torch.ones(len(output.logits), dtype=torch.bool, device=output.logits.device)
-        terms, present = self._main(self.criteria, output.logits, targets)
+        counts = self.counts(targets) if step is None else step
+        terms, present = self._main(self.criteria, output.logits, targets, counts)
         weights = dict.fromkeys(terms, 0.0) | {"bag": self._weight("bag")}
         if output.branch_logits is not None:
-            terms["semantic"] = self._semantic(output.branch_logits, targets)
+            terms["semantic"] = self._semantic(output.branch_logits, targets, counts)
             present["semantic"] = present["bag"]
             weights["semantic"] = self._weight("semantic")
         for name, term in output.losses.items():
@@ -144,8 +165,11 @@ class FittedObjective(Spec):
             terms["entropy"] = negative_entropy(self.spec.entropy, output, lengths)
             present["entropy"] = everyone
             weights["entropy"] = entropy_weight(self.spec.entropy, progress)
+        of_labelled = ("bag", "semantic")
         weighted = [
-            weights[name] * _mean(terms[name], present[name])
+            weights[name]
+            * _sum(terms[name], present[name])
+            / (counts.labelled if name in of_labelled else counts.bags).clamp(min=1)
             for name in terms
             if weights[name] or name == "bag"
         ]
@@ -154,6 +178,15 @@ class FittedObjective(Spec):
             terms={name: term.detach() for name, term in terms.items()},
             present=present,
             weights=weights,
+        )
+
+    def counts(self, targets: Mapping[str, Tensor]) -> Counts:
+        """Return how many bags have their labels, of rows (n, w) by target, NaN where missing."""
+        has = torch.stack([~rows_of(targets, one).isnan().any(1) for one in self.targets])
+        return Counts(
+            bags=torch.tensor(has.shape[1]),
+            labelled=has.any(0).sum(),
+            of_target=tuple(has.sum(1)),
         )
 
     def validation_loss(self, logits: Tensor, targets: Mapping[str, Tensor]) -> float:
@@ -241,15 +274,19 @@ class FittedObjective(Spec):
         return self.spec.terms.get(term, 1.0)
 
     def _main(
-        self, criteria: Sequence[Criterion], logits: Tensor, targets: Mapping[str, Tensor]
+        self,
+        criteria: Sequence[Criterion],
+        logits: Tensor,
+        targets: Mapping[str, Tensor],
+        counts: Counts,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the main terms and who takes part in them, (B,) by name."""
         parts = self._parts(criteria, logits, targets)
         has_any = torch.stack([has for *_, has in parts]).any(0)
-        count = has_any.sum().to(parts[0][3].dtype)
+        labelled = counts.labelled.to(parts[0][3].dtype)
         shares = [
-            target.weight * loss * (count / has.sum().clamp(min=1))
-            for target, _, _, loss, has in parts
+            target.weight * loss * (labelled / count.clamp(min=1))
+            for (target, _, _, loss, _), count in zip(parts, counts.of_target, strict=True)
         ]
         bags = torch.stack(shares).sum(0)
         terms, present = {"bag": bags}, {"bag": has_any}
@@ -258,18 +295,20 @@ class FittedObjective(Spec):
                 terms[f"bag/{target.name}"], present[f"bag/{target.name}"] = loss, has
         return terms, present
 
-    def _semantic(self, branch_logits: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+    def _semantic(
+        self, branch_logits: Tensor, targets: Mapping[str, Tensor], counts: Counts
+    ) -> Tensor:
         """Return the mean over branches of the main loss, (B,) of logits (B, M, C)."""
         if self.needs_batch_of_bags:
             each = [
-                self._main(self.criteria, logits, targets)[0]["bag"]
+                self._main(self.criteria, logits, targets, counts)[0]["bag"]
                 for logits in branch_logits.unbind(1)
             ]
             return torch.stack(each).mean(0)
         # Bags are judged one by one, so the branches can be so many more of them.
         bags, branches = branch_logits.shape[:2]
         rows = {name: rows.repeat_interleave(branches, 0) for name, rows in targets.items()}
-        losses = self._main(self.criteria, branch_logits.flatten(0, 1), rows)[0]["bag"]
+        losses = self._main(self.criteria, branch_logits.flatten(0, 1), rows, counts)[0]["bag"]
         return losses.view(bags, branches).mean(1)
 
     def _parts(
@@ -322,5 +361,9 @@ def _require_width(shape: tuple[int, ...], outputs: int) -> None:
         raise ValueError(f"logits have shape {tuple(shape)}; the objective has {outputs} outputs")
 
 
+def _sum(term: Tensor, present: Tensor) -> Tensor:
+    return torch.where(present, term, 0.0).sum()
+
+
 def _mean(term: Tensor, present: Tensor) -> Tensor:
-    return torch.where(present, term, 0.0).sum() / present.sum().clamp(min=1)
+    return _sum(term, present) / present.sum().clamp(min=1)

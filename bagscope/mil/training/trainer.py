@@ -32,7 +32,7 @@ from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
 from bagscope.mil.bags import Bags
 from bagscope.mil.inference import DTYPES, infer
 from bagscope.mil.loading import Batch, Prefetched, Presentation, Step, load_batch, plan_epoch
-from bagscope.mil.objectives.fitted import FittedObjective
+from bagscope.mil.objectives.fitted import Counts, FittedObjective
 from bagscope.mil.objectives.objective import build_objective
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.sources import BagSource
@@ -86,6 +86,27 @@ class _Watch:
     weights: Weights = field(default_factory=dict)
 
 
+@dataclass
+class _Means:
+    """Of each term of the loss, over the bags of an epoch."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: int) -> None:
+        """Take in the sum of a term over so many bags."""
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def found(self) -> dict[str, float]:
+        """Return the mean of each term that any bag took part in."""
+        return {
+            name: total / self.counts[name]
+            for name, total in self.sums.items()
+            if self.counts[name]
+        }
+
+
 class Trainer:
     """Trains one model on one source."""
 
@@ -137,9 +158,10 @@ class Trainer:
         self.statistics = statistics_of(train)
         self._scale = scale_of(self.statistics) if recipe.bags.standardise else None
         torch.manual_seed(seed)
+        self._labels = _labels(train)
         objective = build_objective(self.targets, recipe.objective)
         objective.require_step_of(recipe.bags.bags_per_step)
-        self.objective = objective.fit(_labels(train))
+        self.objective = objective.fit(self._labels)
         self.model = build_aggregator(
             recipe.aggregator.name, train.dimension, objective.outputs, recipe.aggregator.options
         ).to(self._device)
@@ -208,8 +230,7 @@ class Trainer:
             return load_batch(self._train, item[1], how, step=item[0].number)
 
         self.model.train()
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        means = _Means()
         tiles = 0
         ready: Prefetched[Bags] = Prefetched(work, read)
         try:
@@ -218,17 +239,18 @@ class Trainer:
                 for group in self._optimiser.param_groups:
                     group["lr"] = rate
                 self._optimiser.zero_grad(set_to_none=True)
+                counts = self._counts(step)
                 for _ in step.batches:
                     bags = next(ready)
                     tiles += len(bags.features)
-                    self._learn(bags.to(self._device), step, sums, counts)
+                    self._learn(bags.to(self._device), step, counts, means)
                 self._change_weights()
         finally:
             ready.close()
         validation_loss, metric = self._validate()
         return Epoch(
             number=number + 1,
-            losses={name: total / counts[name] for name, total in sums.items() if counts[name]},
+            losses=means.found(),
             validation_loss=validation_loss,
             metric=metric,
             lr=rate,
@@ -237,23 +259,32 @@ class Trainer:
             waited_s=ready.waited_s,
         )
 
-    def _learn(
-        self, bags: Bags, step: Step, sums: dict[str, float], counts: dict[str, int]
-    ) -> None:
+    def _counts(self, step: Step) -> Counts:
+        """Return how many of a step's bags have their labels."""
+        places = [place for batch in step.batches for place in batch]
+        return self.objective.counts(
+            {name: torch.from_numpy(rows[places]) for name, rows in self._labels.items()}
+        )
+
+    def _learn(self, bags: Bags, step: Step, counts: Counts, means: _Means) -> None:
         progress = step.number / max(1, self._schedule.steps)
         output = self._forward(bags)
-        losses = self.objective(output, bags.targets or {}, progress=progress, lengths=bags.lengths)
+        losses = self.objective(
+            output, bags.targets or {}, progress=progress, lengths=bags.lengths, step=counts
+        )
         total = float(losses.total.detach())
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss is {total} in epoch {len(self._history) + 1} on bags "
                 f"{', '.join(bags.bag_ids[:5])}; look at their features, or lower the learning rate"
             )
-        scaled: Tensor = self._scaler.scale(losses.total * (len(bags) / step.size))
+        scaled: Tensor = self._scaler.scale(losses.total)
         scaled.backward()  # type: ignore[no-untyped-call]
-        _add(sums, counts, "total", losses.total.detach().expand(len(bags)))
+        # A batch's total is its share of the step's, which stands for every bag of the step.
+        means.add("total", total * step.size, len(bags))
         for name, values in losses.terms.items():
-            _add(sums, counts, name, values.detach()[losses.present[name]])
+            own = values[losses.present[name]].double()
+            means.add(name, float(own.sum()), len(own))
 
     def _change_weights(self) -> None:
         clip = self.recipe.optimiser.clip_norm
@@ -347,7 +378,7 @@ class Trainer:
         target = next((t for t in self.targets if t.is_categorical), None)
         if target is None:
             raise ConfigError("bags.balanced draws by class, and no target has classes; unset it")
-        labels = _labels(self._train)[target.name][:, 0]
+        labels = self._labels[target.name][:, 0]
         known = ~np.isnan(labels)
         _, places, counts = np.unique(labels[known], return_inverse=True, return_counts=True)
         weights = np.ones(len(labels))
@@ -415,8 +446,3 @@ def _labels(source: BagSource) -> dict[str, NDArray[np.float64]]:
     return {
         name: np.array([case.targets[name] for case in source.cases], np.float64) for name in names
     }
-
-
-def _add(sums: dict[str, float], counts: dict[str, int], name: str, values: Tensor) -> None:
-    sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-    counts[name] = counts.get(name, 0) + len(values)

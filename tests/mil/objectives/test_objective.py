@@ -344,3 +344,41 @@ def test_a_term_that_nobody_takes_part_in_has_mean_zero() -> None:
         weights={"bag": 1.0},
     )
     assert losses.mean("bag").item() == 0
+
+
+def test_the_batches_of_a_step_add_up_to_the_step_whoever_lacks_a_label() -> None:
+    objective = fitted([CLASSES, REGRESSION], ROWS, entropy={"weight": 0.1})
+    rows = labels(7, seed=3)
+    rows["subtype"][[0, 1, 4]] = rows["age"][[1, 2]] = np.nan
+    logits, branches = normal(7, 4), normal(7, 2, 4)
+    extra, entropy = normal(7).abs(), normal(7, 2, seed=2).abs()
+    of_step = objective.counts(tensors(rows))
+
+    def losses(places: slice) -> Losses:
+        made = output(
+            logits[places],
+            branch_logits=branches[places],
+            entropy=entropy[places],
+            losses={"extra": extra[places]},
+        )
+        own = tensors({name: values[places] for name, values in rows.items()})
+        return objective(made, own, progress=0.0, step=of_step)
+
+    whole = losses(slice(None))
+    alone = objective(
+        output(logits, branch_logits=branches, entropy=entropy, losses={"extra": extra}),
+        tensors(rows),
+        progress=0.0,
+    )
+    assert whole.total.item() == alone.total.item()
+    # The second batch has no label at all, the first one less than half of them.
+    cut = [losses(slice(*borders)) for borders in ((0, 1), (1, 2), (2, 5), (5, 7))]
+    total = torch.stack([part.total for part in cut]).sum()
+    assert total.item() == pytest.approx(whole.total.item(), rel=1e-12)
+    for name, term in whole.terms.items():
+        torch.testing.assert_close(torch.cat([part.terms[name] for part in cut]), term)
+    leaves = (logits, branches, extra)
+    for found, expected in zip(
+        torch.autograd.grad(total, leaves), torch.autograd.grad(whole.total, leaves), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)

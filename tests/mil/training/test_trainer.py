@@ -287,3 +287,33 @@ def test_cox_of_one_bag_at_a_time_is_refused_and_of_several_learns() -> None:
         losses(1)
     several = losses(6)
     assert several[-1] < several[0]
+
+
+def test_cutting_a_step_changes_nothing_where_labels_are_missing() -> None:
+    targets = [TARGET, TargetSpec(column="age", task="regression")]
+    plain = made_source(16, seed=1)
+    cases = [
+        dataclasses.replace(
+            case,
+            targets={
+                "label": case.targets["label"] if place % 3 else (math.nan,),
+                "age": (float(place),) if place % 4 == 0 else (math.nan,),
+            },
+        )
+        for place, case in enumerate(plain.cases)
+    ]
+    source = ArraySource([plain.read(place).features for place in range(16)], cases)
+
+    def run(batch_tiles: int) -> Trained:
+        recipe = made_recipe(
+            aggregator={"options": {"dropout": 0.0}},
+            optimiser={"name": "sgd", "lr": 1e-2, "schedule": "constant"},
+            bags={"bags_per_step": 8, "batch_tiles": batch_tiles},
+        )
+        return Trainer(recipe, targets, source, None, seed=0).run()
+
+    whole, cut = run(10_000), run(1)
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(weight, cut.weights[name], rtol=1e-4, atol=1e-6)
+    for one, other in zip(whole.history, cut.history, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-4)
