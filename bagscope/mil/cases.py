@@ -13,7 +13,14 @@ from typing import Literal
 
 from bagscope.cohort.table import Cohort, SlideRow
 from bagscope.errors import CohortError
-from bagscope.mil.targets import TargetSpec, Value, is_missing, read_value, resolve_classes
+from bagscope.mil.targets import (
+    TargetSpec,
+    Value,
+    is_missing,
+    notes_on_classes,
+    read_value,
+    resolve_classes,
+)
 
 Per = Literal["slide", "patient"]
 _LISTED = 10
@@ -98,6 +105,11 @@ def cases_of(
     resolved = tuple(resolve_classes(target, rows) for target in targets)
     if twice := [name for name, n in Counter(t.name for t in resolved).items() if n > 1]:
         raise CohortError(f"targets are named twice: {listed(twice)}; name each column once")
+    on_classes = [
+        note
+        for given, whole in zip(targets, resolved, strict=True)
+        for note in notes_on_classes(given, whole, rows)
+    ]
     left_out: dict[str, str] = {}
     present = _with_features(cohort.rows, available, skip_missing, left_out)
     problems: list[str] = []
@@ -131,7 +143,7 @@ def cases_of(
         targets=resolved,
         per=per,
         left_out=left_out,
-        notes=_notes(cohort, left_out),
+        notes=(*on_classes, *_notes(cohort, left_out)),
         known_ids=frozenset(name for row in cohort.rows for name in (row.slide_id, row.patient_id)),
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -134,6 +135,35 @@ def resolve_classes(target: TargetSpec, rows: Iterable[Mapping[str, str]]) -> Ta
             )
         classes.sort(key=lambda name: name == target.positive)
     return target.model_copy(update={"classes": tuple(classes)})
+
+
+def notes_on_classes(
+    target: TargetSpec, resolved: TargetSpec, rows: Iterable[Mapping[str, str]]
+) -> tuple[str, ...]:
+    """Return sentences on what was read out of a table because the target does not say it.
+
+    Args:
+        target: as it was given.
+        resolved: the same with its classes.
+        rows: of the table.
+    """
+    if target.classes or not resolved.classes:
+        return ()
+    notes = []
+    cells = Counter(row[target.column].strip() for row in rows)
+    words = {cell: count for cell, count in cells.items() if cell and cell.lower() in MISSING}
+    if words:
+        told = ", ".join(f"{cell!r} ({count})" for cell, count in sorted(words.items()))
+        notes.append(
+            f"column {target.column!r}: cells taken as no label: {told}; where one is a class, "
+            "name all classes with --classes"
+        )
+    if resolved.task == "classes" and len(resolved.classes) == 2 and target.positive is None:
+        notes.append(
+            f"column {target.column!r}: positive is {resolved.classes[-1]} (last in order); pass "
+            "--positive to change"
+        )
+    return tuple(notes)
 
 
 def read_value(target: TargetSpec, cells: Mapping[str, str], where: str) -> Value:

@@ -48,6 +48,14 @@ def test_a_case_without_any_label_is_left_out_and_named() -> None:
     assert set(per_slide.left_out) == {"s3", "s4"}
 
 
+def test_what_the_table_decided_about_classes_is_noted() -> None:
+    notes = table_of(ROWS, (GRADE, SIZE)).notes
+    assert any("positive is b" in note for note in notes)
+    assert any("'NA' (1)" in note for note in notes)
+    resolved = table_of(ROWS).targets
+    assert not any("positive is" in note for note in table_of(ROWS, resolved).notes)
+
+
 def test_without_targets_every_slide_is_a_case() -> None:
     table = cases_of(cohort_of(ROWS), (), per="slide")
     assert [case.case_id for case in table.cases] == ["s1", "s2", "s3", "s4"]

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 import pytest
 
 from bagscope.errors import CohortError, ConfigError
-from bagscope.mil.targets import TargetSpec, is_missing, read_value, resolve_classes, width_of
+from bagscope.mil.targets import (
+    TargetSpec,
+    Task,
+    is_missing,
+    notes_on_classes,
+    read_value,
+    resolve_classes,
+    width_of,
+)
 from bagscope.specs import parse_spec
 
 SURVIVAL = TargetSpec(task="survival", time="days", event="died")
@@ -43,6 +51,32 @@ def test_the_positive_class_comes_last() -> None:
     )
     given = TargetSpec(column="y", classes=("mutant", "wild"), positive="mutant")
     assert resolve_classes(given, rows).classes == ("wild", "mutant")
+
+
+def told(target: TargetSpec, *cells: str) -> str:
+    rows = column(*cells)
+    return "\n".join(notes_on_classes(target, resolve_classes(target, rows), rows))
+
+
+def test_a_positive_class_that_nobody_named_is_said() -> None:
+    note = told(TargetSpec(column="y"), "cancer", "normal", "")
+    assert note == "column 'y': positive is normal (last in order); pass --positive to change"
+    assert told(TargetSpec(column="y", positive="cancer"), "cancer", "normal") == ""
+    assert told(TargetSpec(column="y", classes=("cancer", "normal")), "cancer", "normal") == ""
+    assert told(TargetSpec(column="y"), "a", "b", "c") == ""
+    assert told(TargetSpec(column="y", task="ordinal"), "0", "1") == ""
+    assert told(TargetSpec(column="y", task="regression"), "0", "NA") == ""
+
+
+@pytest.mark.parametrize("task", ["classes", "multilabel"])
+def test_words_that_are_taken_as_no_label_are_said(task: Task) -> None:
+    cells = ("none", "micro", " none ", "macro", "NA", "", "mega")
+    note = told(TargetSpec(column="y", task=task), *cells)
+    assert "'NA' (1), 'none' (2)" in note
+    assert "--classes" in note
+    named = TargetSpec(column="y", task=task, classes=("none", "micro", "macro", "mega"))
+    assert told(named, *cells) == ""
+    assert told(TargetSpec(column="y", task=task), "micro", "macro", "", "mega") == ""
 
 
 def test_a_class_is_the_index_of_its_name() -> None:

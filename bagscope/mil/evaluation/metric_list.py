@@ -69,6 +69,11 @@ def metrics_of(answers: Answers) -> tuple[Metric, ...]:
     return _classes(answers)
 
 
+def named_class(name: str) -> str:
+    """Return a class as a sentence speaks of it: a number needs the word."""
+    return f"class {name}" if name[:1].isdigit() else name
+
+
 def why_undefined(metric: Metric, rows: IntArray) -> str:
     """Return why a metric has no value on rows; empty where it has one."""
     if not len(rows):
@@ -93,21 +98,26 @@ def _of(function: Callable[..., Any], *columns: Any, **options: Any) -> OfRows:
 def _binary(answers: Answers) -> tuple[Metric, ...]:
     truth, chance, called = answers.truth[:, 0], answers.predicted[:, 1], answers.called
     share = f"{GIVEN_SHARE:.0%}".replace("%", " %")
+    positive = named_class(answers.target.classes[1])
     return (
         Metric(
             name="auroc", label="AUROC", of=_of(ranking.binary_auroc, truth, chance), chance=0.5
         ),
         Metric(
-            name="auprc", label="Average precision", of=_of(ranking.binary_auprc, truth, chance)
+            name="auprc",
+            label=f"Average precision of {positive}",
+            of=_of(ranking.binary_auprc, truth, chance),
         ),
         *_right(truth, called),
         Metric(
             name="f1",
-            label=f"F1 of {answers.target.classes[1]}",
+            label=f"F1 of {positive}",
             of=_of(decisions.f1, truth, called),
         ),
         Metric(
-            name="sensitivity", label="Sensitivity", of=_of(decisions.sensitivity, truth, called)
+            name="sensitivity",
+            label=f"Sensitivity to {positive}",
+            of=_of(decisions.sensitivity, truth, called),
         ),
         Metric(
             name="specificity", label="Specificity", of=_of(decisions.specificity, truth, called)
@@ -124,7 +134,7 @@ def _binary(answers: Answers) -> tuple[Metric, ...]:
         ),
         Metric(
             name="sensitivity_at_specificity",
-            label=f"Sensitivity at {share} specificity",
+            label=f"Sensitivity to {positive} at {share} specificity",
             of=_of(ranking.sensitivity_at_specificity, truth, chance, specificity=GIVEN_SHARE),
         ),
         Metric(

@@ -17,6 +17,7 @@ from bagscope.mil.evaluation.curves import (
 )
 from bagscope.mil.evaluation.decisions import confusion
 from bagscope.mil.evaluation.inputs import BoolArray, FloatArray
+from bagscope.mil.evaluation.metric_list import named_class
 from bagscope.mil.report.drawing import (
     INK,
     LINE,
@@ -112,6 +113,8 @@ def ranking(answers: Answers) -> Picture | None:
         if len(lines) > 1:
             figure.legend(loc="outside lower center", ncols=2)
         each = "" if len(lines) == 1 else " Each class against the rest."
+        if _is_binary(answers):
+            each = f" Positive is {named_class(answers.target.classes[1])}."
         return picture(
             figure,
             name="ranking",

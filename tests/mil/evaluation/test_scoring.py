@@ -13,6 +13,7 @@ from bagscope.mil.evaluation.answers import (
     answers_of,
     mean_answers,
 )
+from bagscope.mil.evaluation.metric_list import metrics_of
 from bagscope.mil.evaluation.scoring import score, subgroups
 from bagscope.mil.targets import TargetSpec
 
@@ -146,3 +147,14 @@ def test_cells_that_are_none_are_refused() -> None:
         answers_of(table(label_p_yes=["", "0.3"]), TWO)
     with pytest.raises(SchemaError, match="has no column 'grade_p_a'"):
         answers_of(table(), THREE)
+
+
+def test_metrics_of_the_positive_class_name_it() -> None:
+    labels = {metric.name: metric.label for metric in metrics_of(answers(TWO, 20))}
+    for name in ("auprc", "sensitivity", "f1", "sensitivity_at_specificity"):
+        assert "yes" in labels[name].split()
+    numbered = dataclasses.replace(
+        answers(TWO, 20), target=TargetSpec(column="y", classes=("0", "1"))
+    )
+    (label,) = (metric.label for metric in metrics_of(numbered) if metric.name == "f1")
+    assert label == "F1 of class 1"

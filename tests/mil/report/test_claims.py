@@ -12,6 +12,7 @@ from bagscope.mil.evaluation.bootstrap import Estimate
 from bagscope.mil.evaluation.paired import Comparison
 from bagscope.mil.evaluation.scoring import score
 from bagscope.mil.report.claims import Claim, claims_of, number_text
+from bagscope.mil.report.figures import ranking
 from bagscope.mil.report.results import MemberFacts, Rival, RunResult, TargetResult
 from bagscope.mil.targets import TargetSpec
 
@@ -134,3 +135,9 @@ def test_reach_follows_the_splits(found: TargetResult) -> None:
 )
 def test_numbers_read_as_people_write_them(value: float, text: str) -> None:
     assert number_text(value) == text
+
+
+def test_the_ranking_figure_names_the_positive_class(found: TargetResult) -> None:
+    picture = ranking(found.answers)
+    assert picture is not None
+    assert "Positive is yes." in picture.caption
