@@ -51,6 +51,7 @@ class Member:
         temperatures: by target, where the inner validation part was large enough.
         uncalibrated: why a target has no temperature.
         thresholds: of the last of two classes, by target.
+        unchosen: why a target's threshold is ½ and not a chosen one.
         seed: that it was trained with.
         epoch: whose weights these are.
         epochs: that were trained.
@@ -66,6 +67,7 @@ class Member:
     temperatures: Mapping[str, float] = field(default_factory=dict)
     uncalibrated: Mapping[str, str] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    unchosen: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     epoch: int = 0
     epochs: int = 0
@@ -129,6 +131,7 @@ def save_member(member: Member, folder: Path) -> str:
         "temperatures": dict(member.temperatures),
         "uncalibrated": dict(member.uncalibrated),
         "thresholds": dict(member.thresholds),
+        "unchosen": dict(member.unchosen),
         "seed": member.seed,
         "epoch": member.epoch,
         "epochs": member.epochs,
@@ -190,6 +193,7 @@ def load_member(folder: Path) -> Member:
         temperatures=facts["temperatures"],
         uncalibrated=facts["uncalibrated"],
         thresholds=facts["thresholds"],
+        unchosen=facts.get("unchosen", {}),
         seed=facts["seed"],
         epoch=facts["epoch"],
         epochs=facts["epochs"],

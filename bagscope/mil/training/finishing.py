@@ -1,4 +1,7 @@
-"""From a finished training to a member: calibration and threshold from the inner part."""
+"""From a finished training to a member: calibration and threshold from the inner part.
+
+Each of the two is fitted or not by itself, and where it is not, the member says why.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from bagscope.artifacts import Json
 from bagscope.mil.evaluation.calibration import (
@@ -24,11 +28,13 @@ from bagscope.mil.training.trainer import Trained
 HALF = 0.5
 
 
-@dataclass
-class _Fitted:
-    temperatures: dict[str, float]
-    uncalibrated: dict[str, str]
-    thresholds: dict[str, float]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Inner:
+    """The inner validation cases that have a target's label, at least one."""
+
+    logits: NDArray[np.float64]
+    classes: NDArray[np.int64]
+    patients: NDArray[np.str_]
 
 
 def finish(
@@ -40,29 +46,36 @@ def finish(
     fields: Mapping[str, Json],
 ) -> Member:
     """Return the member, calibrated on the inner validation part where that is large enough."""
-    fitted = _Fitted({}, {}, {})
-    objective = trained.objective
-    for target in objective.targets:
+    temperatures: dict[str, float] = {}
+    uncalibrated: dict[str, str] = {}
+    thresholds: dict[str, float] = {}
+    unchosen: dict[str, str] = {}
+    for target in trained.objective.targets:
+        name = target.name
         if target.task != "classes":
-            fitted.uncalibrated[target.name] = f"{target.task} has no temperature here"
-        elif not recipe.training.calibrate:
-            fitted.uncalibrated[target.name] = "the recipe does not ask for it"
-        elif inner is None or trained.inner_logits is None:
-            fitted.uncalibrated[target.name] = "there is no inner validation part"
+            uncalibrated[name] = f"{target.task} has no temperature here"
+            continue
+        part = _inner_of(target, trained, inner)
+        temperature = _temperature(part, recipe)
+        if isinstance(temperature, Skipped):
+            uncalibrated[name] = temperature.reason
         else:
-            logits = trained.inner_logits[:, objective.slices[target.name]]
-            _fit(target, logits, inner, recipe, fitted)
-        if target.task == "classes" and len(target.classes) == 2:
-            fitted.thresholds.setdefault(target.name, HALF)
+            temperatures[name] = temperature
+        if len(target.classes) == 2:
+            threshold = _threshold(part, recipe, temperatures.get(name, 1.0))
+            if isinstance(threshold, Skipped):
+                unchosen[name] = threshold.reason
+            thresholds[name] = HALF if isinstance(threshold, Skipped) else threshold
     return Member(
         recipe=recipe,
-        targets=tuple(objective.targets),
-        objective=objective,
+        targets=tuple(trained.objective.targets),
+        objective=trained.objective,
         weights=trained.weights,
         statistics=trained.statistics,
-        temperatures=fitted.temperatures,
-        uncalibrated=fitted.uncalibrated,
-        thresholds=fitted.thresholds,
+        temperatures=temperatures,
+        uncalibrated=uncalibrated,
+        thresholds=thresholds,
+        unchosen=unchosen,
         seed=seed,
         epoch=trained.epoch,
         epochs=len(trained.history),
@@ -70,28 +83,39 @@ def finish(
     )
 
 
-def _fit(
-    target: TargetSpec,
-    logits: NDArray[np.float64],
-    inner: BagSource,
-    recipe: TrainSpec,
-    fitted: _Fitted,
-) -> None:
+def _inner_of(target: TargetSpec, trained: Trained, inner: BagSource | None) -> _Inner | Skipped:
+    if inner is None or trained.inner_logits is None:
+        return Skipped(reason="there is no inner validation part")
     labels = np.array([case.targets[target.name][0] for case in inner.cases])
-    patients = np.array([case.patient_id for case in inner.cases])
     known = ~np.isnan(labels)
     if not known.any():
-        fitted.uncalibrated[target.name] = "no inner validation case has its label"
-        return
-    classes = labels[known].astype(int)
-    found = calibrate(logits[known], classes, patients[known])
-    temperature = Temperature(temperature=1.0, loss_before=0.0, loss_after=0.0)
+        return Skipped(reason="no inner validation case has its label")
+    return _Inner(
+        logits=trained.inner_logits[known, trained.objective.slices[target.name]],
+        classes=labels[known].astype(np.int64),
+        patients=np.array([case.patient_id for case in inner.cases])[known],
+    )
+
+
+def _temperature(part: _Inner | Skipped, recipe: TrainSpec) -> float | Skipped:
+    if not recipe.training.calibrate:
+        return Skipped(reason="the recipe does not ask for it")
+    if isinstance(part, Skipped):
+        return part
+    found = calibrate(part.logits, part.classes, part.patients)
     if isinstance(found, Skipped):
-        fitted.uncalibrated[target.name] = found.reason
-    elif isinstance(found, Temperature):
-        temperature = found
-        fitted.temperatures[target.name] = found.temperature
-    if len(target.classes) == 2 and recipe.training.threshold == "youden":
-        chosen = choose_threshold(classes, temperature.apply(logits[known])[:, 1], patients[known])
-        if not isinstance(chosen, Skipped):
-            fitted.thresholds[target.name] = chosen.value
+        return found
+    assert isinstance(found, Temperature), "the method that was asked for"
+    return found.temperature
+
+
+def _threshold(part: _Inner | Skipped, recipe: TrainSpec, temperature: float) -> float | Skipped:
+    if recipe.training.threshold == "half":
+        return Skipped(reason="the recipe asks for one half")
+    if isinstance(part, Skipped):
+        return part
+    chances = softmax(part.logits / temperature, axis=1)[:, 1]
+    chosen = choose_threshold(part.classes, chances, part.patients)
+    if isinstance(chosen, Skipped):
+        return chosen
+    return chosen.value

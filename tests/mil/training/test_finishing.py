@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from bagscope.mil.cases import Case
 from bagscope.mil.member import Member
@@ -70,6 +70,7 @@ def test_with_fewer_patients_it_is_left_out_and_said(
     assert "20" in member.uncalibrated["label"]
     assert "patients" in member.uncalibrated["label"]
     assert member.thresholds == {"label": 0.5}
+    assert "20" in member.unchosen["label"]
 
 
 def test_cases_without_the_label_do_not_count(trained: Trained) -> None:
@@ -101,6 +102,26 @@ def test_what_is_not_asked_for_or_can_not_be_is_said(trained: Trained) -> None:
     off = finished(trained, logits, inner, calibrate=False)
     assert off.temperatures == {}
     assert off.uncalibrated == {"label": "the recipe does not ask for it"}
+    assert off.unchosen == {}
+    half = finished(trained, logits, inner, threshold="half")
+    assert half.unchosen == {"label": "the recipe asks for one half"}
+    assert half.temperatures
     without = finished(trained, None, None)
     assert without.uncalibrated == {"label": "there is no inner validation part"}
     assert without.thresholds == {"label": 0.5}
+    assert without.unchosen == {"label": "there is no inner validation part"}
+
+
+def test_a_threshold_is_chosen_without_a_temperature_too(trained: Trained) -> None:
+    logits, inner = overconfident(400)
+    lopsided = logits + np.array([0.0, 2.0])
+    member = finished(trained, lopsided, inner, calibrate=False)
+    probability = softmax(lopsided, axis=1)[:, 1]
+    labels = np.arange(400) % 2
+
+    def youden(threshold: float) -> float:
+        called = probability >= threshold
+        return float(called[labels == 1].mean() - called[labels == 0].mean())
+
+    assert youden(member.thresholds["label"]) == pytest.approx(max(map(youden, probability)))
+    assert member.thresholds["label"] > 0.6
