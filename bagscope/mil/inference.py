@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bagscope.errors import ArtifactError
 from bagscope.mil.aggregators.registry import Aggregator
 from bagscope.mil.bags import BagOutput, Bags
 from bagscope.mil.loading import Prefetched, Presentation, load_batch, pack
@@ -41,7 +42,11 @@ def outputs(
     precision: str = "float32",
     scale: Scale | None = None,
 ) -> Iterator[tuple[Bags, BagOutput]]:
-    """Yield each batch and what the model makes of it, in the source's order."""
+    """Yield each batch and what the model makes of it, in the source's order.
+
+    Raises:
+        ArtifactError: logits that are no finite numbers, which would else pass for a class.
+    """
     batches = pack(range(len(source.cases)), source.lengths, spec.batch_tiles)
     how = Presentation(spec=spec, dtype=DTYPES[precision], scale=scale)
     was_training = model.training
@@ -51,7 +56,9 @@ def outputs(
         with torch.inference_mode():
             for bags in ready:
                 moved = bags.to(device)
-                yield moved, model(moved)
+                output = model(moved)
+                _require_finite(bags, output)
+                yield moved, output
     finally:
         ready.close()
         model.train(was_training)
@@ -66,10 +73,26 @@ def infer(
     precision: str = "float32",
     scale: Scale | None = None,
 ) -> Inferred:
-    """Return logits and embedding of every case."""
+    """Return logits and embedding of every case.
+
+    Raises:
+        ArtifactError: as `outputs` does.
+    """
     logits, embedding = [], []
     found = outputs(model, source, spec, device=device, precision=precision, scale=scale)
     for _, output in found:
         logits.append(output.logits.double().cpu().numpy())
         embedding.append(output.embedding.float().cpu().numpy())
     return Inferred(logits=np.concatenate(logits), embedding=np.concatenate(embedding))
+
+
+def _require_finite(bags: Bags, output: BagOutput) -> None:
+    fine = torch.isfinite(output.logits).all(dim=1).tolist()
+    if not all(fine):
+        place = fine.index(False)
+        said = ", ".join(f"{value:g}" for value in output.logits[place].tolist()[:5])
+        raise ArtifactError(
+            f"{bags.bag_ids[place]}: the model's logits are {said}, which says nothing; extract "
+            "the features anew where they are damaged, else train in float32 or with a lower "
+            "optimiser.lr"
+        )
