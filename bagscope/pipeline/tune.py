@@ -23,7 +23,7 @@ from bagscope import artifacts
 from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter, SlideTold
 from bagscope.cohort.runner import run_cohort
-from bagscope.errors import ConfigError, first_line
+from bagscope.errors import ConfigError, FingerprintMismatch, first_line
 from bagscope.mil.cases import Case
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.targets import TargetSpec
@@ -75,6 +75,12 @@ class RangeSpec(Spec):
 
 Space = Mapping[str, RangeSpec]
 """Dotted names of options (`optimiser.lr`), and where to search."""
+
+OTHER_SCALES = ("bins", "class_weights", "nll_alpha", "regression", "survival")
+"""Options of the objective under which a validation loss is another number for the same answers.
+
+Trials that differ in one of them can't be compared by it: the lowest would be the smallest scale.
+"""
 
 DEFAULT_SPACE: Space = {
     "optimiser.lr": RangeSpec(low=1e-5, high=1e-2, log=True),
@@ -307,6 +313,13 @@ def _fitting(space: Space, recipe: TrainSpec, *, given: bool) -> Space:
         for name, where in space.items()
         if given or name in owned or not name.startswith("aggregator.")
     }
+    for name in fitting:
+        block, _, option = name.partition(".")
+        if block == "objective" and option in ("", *OTHER_SCALES):
+            raise ConfigError(
+                f"search space: {name} changes what the validation loss is measured in, so trials "
+                "can't be compared by it; choose it with --set, and compare runs"
+            )
     for end in (0, -1):
         options = {name: where.ends[end] for name, where in fitting.items()}
         found = with_options(recipe, options).aggregator
@@ -318,9 +331,14 @@ def _require_name(planned: PlannedRun, *, overwrite: bool) -> None:
     """Refuse a name that is taken before the search, not after it."""
     if overwrite or not (planned.folder / CONFIG_NAME).exists():
         return
-    stored = {k: v for k, v in read_config(planned.folder).items() if k != "tuned"}
+    stored = read_config(planned.folder)
+    if "tuned" not in stored:
+        raise FingerprintMismatch(
+            f"{planned.folder}: is a run that was not tuned; choose another --name, or tune anew "
+            "with --overwrite"
+        )
     artifacts.require_same(
-        stored,
+        {name: value for name, value in stored.items() if name != "tuned"},
         planned.config,
         what=str(planned.folder),
         remedy="choose another --name, or tune anew with --overwrite",

@@ -9,19 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
 from bagscope import artifacts
+from bagscope.cohort.progress import SilentReporter
 from bagscope.errors import ConfigError, FingerprintMismatch
+from bagscope.mil.objectives.objective import build_objective
+from bagscope.mil.objectives.spec import EntropySpec, ObjectiveSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.study import open_study
 from bagscope.pipeline.train import TrainRequest
 from bagscope.pipeline.tune import (
+    OTHER_SCALES,
     TuneRequest,
     TuneTask,
     nested,
     plan_tuning,
     read_chosen,
     read_space,
+    tune_run,
 )
 from tests.mil.made_bags import made_study
 
@@ -174,6 +181,11 @@ def test_the_best_of_what_was_tried_is_chosen_and_a_killed_search_goes_on(
         ("optimiser.lr: {choices: [1], low: 1}", "choices stand alone"),
         ("optimiser.lr: 3", "a line per option"),
         ("optimiser.lr: {lo: 3}", "did you mean 'low'"),
+        *(
+            (f"objective.{name}: {{choices: [1, 2]}}", f"objective.{name} changes what")
+            for name in OTHER_SCALES
+        ),
+        ("objective: {choices: [{bins: 2}, {bins: 9}]}", "objective changes what"),
     ],
 )
 def test_a_space_that_does_not_fit_is_refused(folder: Path, space: str, says: str) -> None:
@@ -181,6 +193,40 @@ def test_a_space_that_does_not_fit_is_refused(folder: Path, space: str, says: st
     with pytest.raises(ConfigError) as raised:
         tasks_of(folder)
     assert says in str(raised.value)
+
+
+SAME_SCALE: dict[str, Any] = {
+    "label_smoothing": 0.2,
+    "focal_gamma": 2.0,
+    "terms": {"instance": 3.0},
+    "entropy": EntropySpec(weight=0.5),
+    "ordinal": "corn",
+}
+
+
+def test_what_may_be_searched_of_the_objective_leaves_the_loss_s_scale() -> None:
+    assert {*SAME_SCALE, *OTHER_SCALES} == set(ObjectiveSpec.model_fields)
+    target = TargetSpec(column="y", classes=("a", "b"))
+    labels = np.array([[0.0], [1.0], [1.0], [0.0]])
+    logits = torch.tensor([[1.0, 2.0], [0.0, 3.0], [2.0, 0.5], [0.1, 0.2]])
+
+    def loss(**options: Any) -> float:
+        objective = build_objective([target], ObjectiveSpec(**options)).fit({"y": labels})
+        return objective.validation_loss(logits, {"y": torch.from_numpy(labels)})
+
+    for name, value in SAME_SCALE.items():
+        assert loss(**{name: value}) == loss()
+    assert loss(class_weights=(1.0, 5.0)) != loss()
+
+
+def test_a_plain_run_of_that_name_is_refused_before_the_search(folder: Path) -> None:
+    study, request = open_study(folder / "study"), request_of(folder)
+    planned, _ = plan_tuning(study, request)
+    planned.folder.mkdir(parents=True)
+    (planned.folder / "config.yaml").write_text(yaml.safe_dump(planned.config))
+    with pytest.raises(FingerprintMismatch, match="not tuned; choose another --name"):
+        tune_run(study, request, SilentReporter())
+    assert not (planned.folder / "tuning").exists()
 
 
 def test_the_default_space_is_what_the_aggregator_has(folder: Path) -> None:
