@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from bagscope.cli import console, options, target_options
 from bagscope.cli.target_options import targets_of
 from bagscope.cohort.jobs import parse_shard
+from bagscope.errors import ConfigError
 from bagscope.mil.training.tracking import TrackerName
 from bagscope.pipeline.overfit import Overfit, overfit_study
 from bagscope.pipeline.recipes import laid_over, parse_settings
@@ -83,6 +85,19 @@ def train(
     as_json: options.AsJson = False,
 ) -> None:
     """Train a model per fold and seed, and test each on its fold; resumes at the epoch."""
+    if overfit is not None:
+        _refuse_beside_overfit(
+            {
+                "--dry-run": dry_run,
+                "--final": final,
+                "--name": name,
+                "--overwrite": overwrite,
+                "--seeds with several": len(seeds_of(seeds)) > 1,
+                "--shard": shard,
+                "--split": split != "default",
+                "--track": track,
+            }
+        )
     opened = open_study(study, {"run": {"workers": workers}})
     plan = opened.spec.train
     settings = laid_over(plan.options if recipe is None else {}, parse_settings(set_ or []))
@@ -124,6 +139,15 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
     if not all(part.isdigit() for part in parts):
         raise typer.BadParameter(f"{text!r}: write whole numbers separated by commas")
     return tuple(map(int, parts))
+
+
+def _refuse_beside_overfit(options: Mapping[str, object]) -> None:
+    """Refuse what means nothing to a sanity run, which trains one model and leaves none."""
+    if given := [name for name, value in options.items() if value]:
+        raise ConfigError(
+            f"--overfit trains one model on a few cases and leaves no run, so {', '.join(given)} "
+            f"mean{'s' * (len(given) == 1)} nothing beside it; leave one of the two out"
+        )
 
 
 def _print_overfit(found: Overfit, *, as_json: bool) -> None:

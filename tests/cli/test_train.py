@@ -216,6 +216,27 @@ def test_an_option_that_there_is_not_is_met_with_the_nearest(
     assert "did you mean" in refused(bagscope, folder, "--recipe", "abmli")
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--dry-run"],
+        ["--final"],
+        ["--name", "other"],
+        ["--overwrite"],
+        ["--seeds", "0,1"],
+        ["--shard", "1/2"],
+        ["--split", "other"],
+        ["--track", "tensorboard"],
+    ],
+)
+def test_a_sanity_run_refuses_what_it_would_not_heed(
+    bagscope: Command, untrained: Path, more: list[str]
+) -> None:
+    err = refused(bagscope, untrained, "--overfit", 2, *more)
+    assert "--overfit trains one model" in err
+    assert more[0] in err
+
+
 def test_a_label_column_that_there_is_not(bagscope: Command, folder: Path) -> None:
     rewritten(folder, lambda rows: [row.update(grade=row.pop("label")) for row in rows])
     assert "no label column 'label'" in refused(bagscope, folder)
