@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from bagscope.mil.bags import Bags
 from bagscope.mil.recipe import BagSpec
-from bagscope.mil.sampling import disturb, sample_rows
+from bagscope.mil.sampling import Key, disturb, sample_rows
 from bagscope.mil.sources import BagSource, CaseBag
 from bagscope.mil.statistics import Scale
 
@@ -43,6 +44,19 @@ class Step:
     def size(self) -> int:
         """Return the number of bags."""
         return sum(len(batch) for batch in self.batches)
+
+    @property
+    def turns(self) -> tuple[Batch, ...]:
+        """Return, beside each bag, how often its case came in the step before."""
+        seen: Counter[int] = Counter()
+        found = []
+        for batch in self.batches:
+            turns = []
+            for place in batch:
+                turns.append(seen[place])
+                seen[place] += 1
+            found.append(tuple(turns))
+        return tuple(found)
 
 
 def plan_epoch(
@@ -106,7 +120,6 @@ class Presentation:
         dtype: of the features.
         training: whether tiles are sampled and disturbed.
         seed: of the run.
-        epoch: from 0.
         scale: that tiles are brought to, None to leave them as they are.
     """
 
@@ -114,22 +127,39 @@ class Presentation:
     dtype: torch.dtype = torch.float32
     training: bool = False
     seed: int = 0
-    epoch: int = 0
     scale: Scale | None = None
 
 
-def load_batch(source: BagSource, batch: Batch, how: Presentation, *, step: int = 0) -> Bags:
-    """Read the cases of a batch and lay them end to end."""
-    bags = [_read(source, place, how) for place in batch]
+def load_batch(
+    source: BagSource,
+    batch: Batch,
+    how: Presentation,
+    *,
+    step: int = 0,
+    turns: tuple[int, ...] | None = None,
+) -> Bags:
+    """Read the cases of a batch and lay them end to end.
+
+    Args:
+        source: of the cases.
+        batch: which of them.
+        how: they are read.
+        step: number in the training, that draws are keyed by.
+        turns: how often each came in the step before; never if None.
+    """
+    keys = [
+        (how.seed, step, source.cases[place].case_id, turn)
+        for place, turn in zip(batch, turns or (0,) * len(batch), strict=True)
+    ]
+    bags = [_read(source, place, how, key) for place, key in zip(batch, keys, strict=True)]
     lengths = [len(bag.features) for bag in bags]
     features = torch.empty(sum(lengths), source.dimension, dtype=how.dtype)
     end = 0
-    for bag, length in zip(bags, lengths, strict=True):
+    for bag, length, key in zip(bags, lengths, keys, strict=True):
         tiles = torch.from_numpy(bag.features)
         if how.scale is not None:
             tiles = how.scale.apply(tiles)
         if how.training:
-            key = (how.seed, how.epoch, bag.case.case_id)
             tiles = disturb(tiles, dropout=how.spec.feature_dropout, noise=how.spec.noise, key=key)
         features[end : end + length] = tiles
         end += length
@@ -217,12 +247,11 @@ class Prefetched(Iterator[Made]):
                 continue
 
 
-def _read(source: BagSource, place: int, how: Presentation) -> CaseBag:
+def _read(source: BagSource, place: int, how: Presentation, key: Key) -> CaseBag:
     rows = None
     if how.training and how.spec.sample_tiles is not None:
         spec, length = how.spec, int(source.lengths[place])
         grid = source.grid(place) if spec.sampling == "spatial" else None
-        key = (how.seed, how.epoch, source.cases[place].case_id)
         rows = sample_rows(length, spec.sample_tiles, spec.sampling, grid, key=key)
     return source.read(place, rows)
 

@@ -1,7 +1,8 @@
 """Which tiles of a bag a training step sees, and how they are disturbed. Never in evaluation.
 
-Every draw is keyed by (seed, epoch, case), so it does not depend on the batch that the bag came
-in, on prefetching, or on how often a run was interrupted.
+Every draw is keyed by seed, step and case, and by how often the case came in that step before. So
+it does not depend on the batch that the bag came in, on prefetching, or on how often a run was
+interrupted, and a case that is drawn several times an epoch shows other tiles each time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from bagscope.kernels.varlen_self_attention.hilbert import hilbert_index
 from bagscope.mil.bags import key_of
 from bagscope.mil.recipe import Sampling
 
+Key = tuple[int, int, str, int]
+"""Seed, number of the step in the run, the case's id, how often it came in that step before."""
+
 _ROWS, _NOISE = 1, 2
 """What a draw is for; two purposes never share one."""
 
@@ -25,7 +29,7 @@ def sample_rows(
     sampling: Sampling,
     grid: NDArray[np.int32] | None,
     *,
-    key: tuple[int, int, str],
+    key: Key,
 ) -> NDArray[np.int64] | None:
     """Return the rows to take of a bag, rising; None for all of them.
 
@@ -37,7 +41,7 @@ def sample_rows(
         most: how many at most.
         sampling: how they are drawn.
         grid: (length, 2) int32 (column, row) of the tiles.
-        key: seed, epoch and the case's id.
+        key: of the draw.
     """
     if most is None or length <= most:
         return None
@@ -52,14 +56,14 @@ def sample_rows(
     return np.sort(walk[generator.integers(low, high)]).astype(np.int64)
 
 
-def disturb(features: Tensor, *, dropout: float, noise: float, key: tuple[int, int, str]) -> Tensor:
+def disturb(features: Tensor, *, dropout: float, noise: float, key: Key) -> Tensor:
     """Return features (n, D) with elements dropped and Gaussian noise added.
 
     Args:
         features: on the CPU.
         dropout: share of elements set to zero; the others grow to keep the sum.
         noise: standard deviation, in units of the bag's own.
-        key: seed, epoch and the case's id.
+        key: of the draw.
     """
     if not dropout and not noise:
         return features
@@ -75,6 +79,6 @@ def disturb(features: Tensor, *, dropout: float, noise: float, key: tuple[int, i
     return found
 
 
-def _entropy(key: tuple[int, int, str], purpose: int) -> list[int]:
-    seed, epoch, case_id = key
-    return [seed, epoch, key_of(case_id), purpose]
+def _entropy(key: Key, purpose: int) -> list[int]:
+    seed, step, case_id, turn = key
+    return [seed, step, key_of(case_id), turn, purpose]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagscope.mil.loading import Prefetched, Presentation, load_batch, pack, plan_epoch
+from bagscope.mil.loading import Prefetched, Presentation, Step, load_batch, pack, plan_epoch
 from bagscope.mil.recipe import BagSpec
 from bagscope.mil.sources import StoreSource
 from bagscope.mil.statistics import Scale
@@ -121,14 +121,32 @@ def test_only_training_samples_and_disturbs() -> None:
     assert torch.equal(
         still.features, torch.cat([torch.from_numpy(source.read(i).features) for i in (1, 2)])
     )
-    how = Presentation(spec=spec, training=True, seed=5, epoch=2)
-    together = load_batch(source, (1, 2), how)
+    how = Presentation(spec=spec, training=True, seed=5)
+    together = load_batch(source, (1, 2), how, step=2)
     assert together.lengths.tolist() == [min(3, int(source.lengths[i])) for i in (1, 2)]
     # What a bag becomes does not depend on the company that it comes in.
-    alone = [load_batch(source, (i,), how).features for i in (2, 1)]
+    alone = [load_batch(source, (i,), how, step=2).features for i in (2, 1)]
     assert torch.equal(together.features, torch.cat(alone[::-1]))
-    later = load_batch(source, (1, 2), Presentation(spec=spec, training=True, seed=5, epoch=3))
+    later = load_batch(source, (1, 2), how, step=3)
     assert not torch.equal(together.features, later.features)
+
+
+def test_a_case_that_comes_twice_in_a_step_shows_other_tiles_wherever_the_step_is_cut() -> None:
+    source = made_source(2, tiles=40)
+    how = Presentation(spec=BagSpec(sample_tiles=2, noise=0.5), training=True, seed=5)
+
+    def bags_of(*batches: tuple[int, ...]) -> list[torch.Tensor]:
+        step = Step(number=3, batches=batches)
+        loaded = [
+            load_batch(source, batch, how, step=step.number, turns=turns)
+            for batch, turns in zip(step.batches, step.turns, strict=True)
+        ]
+        return [bag for one in loaded for bag in one.features.split(one.lengths.tolist())]
+
+    whole = bags_of((1, 0, 1, 1))
+    assert not any(torch.equal(whole[i], whole[j]) for i, j in ((0, 2), (0, 3), (2, 3)))
+    for one, other in zip(whole, bags_of((1,), (0, 1), (1,)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_items_come_in_order_and_the_end_is_said_again() -> None:

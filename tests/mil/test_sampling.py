@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bagscope.mil.sampling import disturb, sample_rows
 
-KEY = (0, 0, "case")
+KEY = (0, 0, "case", 0)
 
 
 def lattice(columns: int, rows: int) -> np.ndarray:
@@ -24,10 +24,10 @@ def lattice(columns: int, rows: int) -> np.ndarray:
     st.integers(0, 99),
 )
 def test_rows_are_as_many_as_asked_rising_and_each_once(
-    length: int, most: int, sampling: str, epoch: int
+    length: int, most: int, sampling: str, step: int
 ) -> None:
     grid = lattice(8, 8)[:length]
-    rows = sample_rows(length, most, sampling, grid, key=(1, epoch, "x"))  # type: ignore[arg-type]
+    rows = sample_rows(length, most, sampling, grid, key=(1, step, "x", 0))  # type: ignore[arg-type]
     if length <= most:
         assert rows is None
         return
@@ -39,23 +39,24 @@ def test_rows_are_as_many_as_asked_rising_and_each_once(
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "spatial"])
-def test_seed_epoch_and_case_decide_and_nothing_else_does(sampling: str) -> None:
+def test_seed_step_case_and_turn_decide_and_nothing_else_does(sampling: str) -> None:
     def drawn(*key: object) -> list[int]:
         np.random.default_rng().random()
         rows = sample_rows(256, 20, sampling, lattice(16, 16), key=key)  # type: ignore[arg-type]
         assert rows is not None
         return rows.tolist()
 
-    assert drawn(0, 0, "a") == drawn(0, 0, "a")
-    others = [drawn(1, 0, "a"), drawn(0, 1, "a"), drawn(0, 0, "b")]
-    assert all(other != drawn(0, 0, "a") for other in others)
+    first = drawn(0, 0, "a", 0)
+    assert drawn(0, 0, "a", 0) == first
+    others = [drawn(1, 0, "a", 0), drawn(0, 1, "a", 0), drawn(0, 0, "b", 0), drawn(0, 0, "a", 1)]
+    assert first not in others
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "spatial"])
 def test_every_tile_comes_equally_often(sampling: str) -> None:
     counts = np.zeros(64)
-    for epoch in range(500):
-        rows = sample_rows(64, 16, sampling, lattice(8, 8), key=(0, epoch, "a"))  # type: ignore[arg-type]
+    for step in range(500):
+        rows = sample_rows(64, 16, sampling, lattice(8, 8), key=(0, step, "a", 0))  # type: ignore[arg-type]
         counts[rows] += 1
     # 125 expected, standard deviation 10: five of them.
     assert np.abs(counts - 125).max() < 50
@@ -64,8 +65,8 @@ def test_every_tile_comes_equally_often(sampling: str) -> None:
 def test_spatial_sees_every_region_each_time() -> None:
     grid = lattice(16, 16)
     quarter = grid[:, 0] // 4 + 4 * (grid[:, 1] // 4)
-    for epoch in range(50):
-        rows = sample_rows(256, 16, "spatial", grid, key=(0, epoch, "a"))
+    for step in range(50):
+        rows = sample_rows(256, 16, "spatial", grid, key=(0, step, "a", 0))
         # A stretch of 16 on a Hilbert curve is one of the sixteen squares of 4 × 4.
         assert sorted(quarter[rows]) == list(range(16))
     uniform = sample_rows(256, 16, "uniform", grid, key=KEY)
@@ -104,12 +105,12 @@ def test_noise_is_as_large_as_asked_in_the_bag_s_own_measure() -> None:
 def test_disturbing_is_keyed_and_leaves_the_global_generator_alone() -> None:
     features = torch.randn(5, 6)
     before = torch.get_rng_state()
-    once = disturb(features, dropout=0.2, noise=0.1, key=(1, 2, "a"))
+    once = disturb(features, dropout=0.2, noise=0.1, key=(1, 2, "a", 0))
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(once, disturb(features, dropout=0.2, noise=0.1, key=(1, 2, "a")))
-    assert not torch.equal(once, disturb(features, dropout=0.2, noise=0.1, key=(1, 3, "a")))
+    assert torch.equal(once, disturb(features, dropout=0.2, noise=0.1, key=(1, 2, "a", 0)))
+    assert not torch.equal(once, disturb(features, dropout=0.2, noise=0.1, key=(1, 3, "a", 0)))
     # Adding dropout does not change which noise is drawn.
-    noisy = disturb(features, dropout=0.0, noise=0.1, key=(1, 2, "a"))
+    noisy = disturb(features, dropout=0.0, noise=0.1, key=(1, 2, "a", 0))
     kept = once != 0
     torch.testing.assert_close(once[kept], noisy[kept] / 0.8)
 

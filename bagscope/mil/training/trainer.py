@@ -221,13 +221,17 @@ class Trainer:
             dtype=DTYPES[self.recipe.training.precision],
             training=True,
             seed=self._seed,
-            epoch=number,
             scale=self._scale,
         )
-        work = [(step, batch) for step in steps for batch in step.batches]
+        work = [
+            (step.number, batch, turns)
+            for step in steps
+            for batch, turns in zip(step.batches, step.turns, strict=True)
+        ]
 
-        def read(item: tuple[Step, Batch]) -> Bags:
-            return load_batch(self._train, item[1], how, step=item[0].number)
+        def read(item: tuple[int, Batch, tuple[int, ...]]) -> Bags:
+            step, batch, turns = item
+            return load_batch(self._train, batch, how, step=step, turns=turns)
 
         self.model.train()
         means = _Means()

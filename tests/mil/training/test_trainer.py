@@ -317,3 +317,24 @@ def test_cutting_a_step_changes_nothing_where_labels_are_missing() -> None:
         torch.testing.assert_close(weight, cut.weights[name], rtol=1e-4, atol=1e-6)
     for one, other in zip(whole.history, cut.history, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=1e-4)
+
+
+def test_a_case_that_is_drawn_again_in_an_epoch_shows_other_tiles() -> None:
+    plain = made_source(10, seed=1)
+    few = [0, 2, 4, 6, 8, 1]  # five of one class, one of the other
+    bags = [np.random.default_rng(place).normal(size=(40, 6)).astype(np.float32) for place in few]
+    asked: dict[int, list[tuple[int, ...]]] = {}
+
+    class Watched(ArraySource):
+        def read(self, place: int, rows: Any = None) -> Any:
+            if rows is not None:
+                asked.setdefault(place, []).append(tuple(rows))
+            return super().read(place, rows)
+
+    source = Watched(bags, [plain.cases[place] for place in few])
+    recipe = made_recipe(
+        training={"epochs": 3}, bags={"balanced": True, "sample_tiles": 10, "bags_per_step": 3}
+    )
+    Trainer(recipe, [TARGET], source, None, seed=0).run()
+    assert len(asked[5]) > 4
+    assert len(set(asked[5])) == len(asked[5])
