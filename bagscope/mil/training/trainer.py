@@ -357,6 +357,8 @@ class Trainer:
         return {name: weight.clone() for name, weight in self._ema.weights.items()}
 
     def _finished(self) -> Trained:
+        # Once more: whoever was killed between the last state and its metrics has no epoch to come.
+        self._write_metrics()
         spec = self.recipe.training
         epoch = len(self._history)
         if spec.checkpoint == "averaged":
@@ -412,7 +414,11 @@ class Trainer:
         with artifacts.atomic_file(self._folder / STATE_NAME) as temporary:
             torch.save(state, temporary)
         artifacts.step("state-written")
-        artifacts.write_text(self._folder / METRICS_NAME, metrics_csv(self._history))
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        if self._folder is not None:
+            artifacts.write_text(self._folder / METRICS_NAME, metrics_csv(self._history))
 
     def _resume(self) -> None:
         path = None if self._folder is None else self._folder / STATE_NAME

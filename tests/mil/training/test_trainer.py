@@ -338,3 +338,25 @@ def test_a_case_that_is_drawn_again_in_an_epoch_shows_other_tiles() -> None:
     Trainer(recipe, [TARGET], source, None, seed=0).run()
     assert len(asked[5]) > 4
     assert len(set(asked[5])) == len(asked[5])
+
+
+def test_killed_after_the_last_state_the_last_epoch_still_comes_into_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    states: list[str] = []
+
+    def kill(name: str) -> None:
+        states.append(name)
+        if states.count("state-written") == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "step", kill)
+        with pytest.raises(Killed):
+            trained(folder=tmp_path, fingerprint="f")
+    trained(folder=tmp_path, fingerprint="f")
+    with (tmp_path / "metrics.csv").open() as handle:
+        assert [row["epoch"] for row in csv.DictReader(handle)] == ["1", "2", "3", "4"]
