@@ -13,6 +13,7 @@ import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from bagscope.mil.cases import Case
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.recipes import laid_over, load_recipe
-from bagscope.pipeline.study import Study, available_cores
+from bagscope.pipeline.study import RunSpec, Study, available_cores
 from bagscope.pipeline.tile import run_options
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class TrainRequest:
         encoder: which of the study's encoders, where it has several.
         seeds: one member per fold and seed.
         skip_missing: leave slides without features out in place of refusing.
-        device: "cpu", "cuda", ...
+        device: "cpu", "cuda" (every GPU that there is, a member on each), "cuda:1", ...
         overwrite: train anew what was trained otherwise.
         shard: (i, n), to train the i-th of n parts of the members.
         final: train a model on all patients too, once the members are finished.
@@ -215,11 +216,13 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     count = len(plan.splits) * len(request.seeds)
     cores = available_cores()
     threads = max(1, cores // min(count, cores))
+    devices = cycle(devices_of(request.device))
     members, tests = {}, {}
     for split in plan.splits:
         own = laid_over(request.settings, request.tuned.get(split.name, {}))
         for seed in request.seeds:
             name = f"fold_{split.name}_s{seed}"
+            device = next(devices)
             members[name] = MemberTask(
                 folder=folder / name,
                 recipe=load_recipe(request.recipe, own),
@@ -228,7 +231,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
                 inner=table.chosen(split.val),
                 location=location,
                 seed=seed,
-                device=request.device,
+                device=device,
                 threads=threads,
                 overwrite=request.overwrite,
             )
@@ -236,7 +239,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
                 folder=folder / name,
                 cases=table.chosen(split.test),
                 location=location,
-                device=request.device,
+                device=device,
                 threads=threads,
                 repeat=split.repeat,
                 fold=split.fold,
@@ -279,6 +282,23 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     )
 
 
+def devices_of(device: str) -> list[str]:
+    """Return the devices that are meant: by "cuda", every GPU that this process may use."""
+    if device != "cuda":
+        return [device]
+    import torch
+
+    # Where there is none, a member says so.
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or [device]
+
+
+def worker_count(run: RunSpec, device: str) -> int:
+    """Return how many members to train at a time: as asked, else one per GPU, or per core."""
+    if run.workers is None and device.startswith("cuda"):
+        return len(devices_of(device))
+    return run.worker_count
+
+
 def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainResult:
     """Train every member of a run and test each once; resumes where an earlier call stopped.
 
@@ -298,6 +318,7 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
     # Epochs may take long; what a worker may not be is silent.
     options = dataclasses.replace(
         run_options(study.spec.run, request.shard, "local", preload=WORKER_MODULES),
+        workers=worker_count(study.spec.run, request.device),
         sweep=(planned.folder, *(task.folder for task in planned.members.values())),
         noun="members",
     )

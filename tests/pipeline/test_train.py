@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import Failure, Job, RunOptions, RunReport, select_shard
@@ -20,8 +21,14 @@ from bagscope.mil.splits.plan import SplitSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline import bundle, train
 from bagscope.pipeline.finished_run import read_run
-from bagscope.pipeline.study import Study, open_study
-from bagscope.pipeline.train import TrainRequest, TrainResult, train_run
+from bagscope.pipeline.study import RunSpec, Study, available_cores, open_study
+from bagscope.pipeline.train import (
+    TrainRequest,
+    TrainResult,
+    plan_training,
+    train_run,
+    worker_count,
+)
 from tests.cli.conftest import files_of
 from tests.mil.made_bags import made_study
 
@@ -190,3 +197,28 @@ def test_nothing_of_a_run_outlives_its_configuration(folder: Path) -> None:
     # What is not ours stays.
     assert (run / "notes.txt").read_text() == "of before"
     assert [facts["epochs"] for facts in members_in(run / "model.bagscope")] == [2, 2]
+
+
+def test_members_are_dealt_to_the_gpus_with_a_worker_for_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def devices(name: str) -> list[str]:
+        request = TrainRequest(
+            targets=(TargetSpec(column="label"),), features=str(folder / "features"), device=name
+        )
+        planned = plan_training(opened(folder), request)
+        own = [task.device for task in planned.members.values()]
+        assert [task.device for task in planned.tests.values()] == own
+        return own
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices("cuda") == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices("cuda:1") == ["cuda:1"] * FOLDS
+    assert devices("cpu") == ["cpu"] * FOLDS
+    by_itself, asked = RunSpec(), RunSpec(workers=5)
+    assert [worker_count(by_itself, name) for name in ("cuda", "cuda:1")] == [2, 1]
+    assert worker_count(by_itself, "cpu") == available_cores()
+    assert worker_count(asked, "cuda") == 5
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices("cuda") == ["cuda"] * FOLDS
+    assert worker_count(by_itself, "cuda") == 1
