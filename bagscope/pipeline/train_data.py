@@ -101,11 +101,14 @@ def labelled_study(
     return LabelledStudy(table=table, location=location, notes=table.notes)
 
 
-def require_learnable(recipe: TrainSpec, table: CaseTable, plan: SplitPlan, dimension: int) -> None:
-    """Refuse what no member could be trained with, before any is started.
+def require_learnable(
+    recipe: TrainSpec, table: CaseTable, plan: SplitPlan, dimension: int
+) -> tuple[str, ...]:
+    """Refuse what no member could be trained with, before any is started; return notes.
 
     Raises:
-        ConfigError: an aggregator or options of it that there are not, or that teach nothing.
+        ConfigError: an aggregator or options of it that there are not, or that teach nothing; a
+            plateau to wait for where no inner validation part shows it.
         CohortError: a training side whose labels nothing can be learnt from; names the split.
     """
     objective = build_objective(table.targets, recipe.objective)
@@ -123,6 +126,32 @@ def require_learnable(recipe: TrainSpec, table: CaseTable, plan: SplitPlan, dime
             objective.fit(labels)
         except CohortError as error:
             raise CohortError(f"split {split.name}: {error}") from error
+    blind = [split.name for split in plan.splits if not split.val]
+    return _without_inner_part(recipe, blind) if blind else ()
+
+
+def _without_inner_part(recipe: TrainSpec, splits: Sequence[str]) -> tuple[str, ...]:
+    """Return a note of what these splits give no meaning to."""
+    where = f"split {listed(splits)}: no inner validation part"
+    if recipe.optimiser.schedule == "plateau":
+        raise ConfigError(
+            f"{where}, which optimiser.schedule: plateau watches; choose cosine or constant, or "
+            "make splits with a val_share above 0"
+        )
+    training = recipe.training
+    idle = {
+        "patience": training.patience is not None,
+        "checkpoint: best": training.checkpoint == "best",
+        "monitor: metric": training.monitor == "metric",
+    }
+    unheeded = [name for name, is_set in idle.items() if is_set]
+    if not unheeded:
+        return ()
+    kept = "their mean is" if training.checkpoint == "averaged" else "the last weights are"
+    return (
+        f"{where}, so {', '.join(unheeded)} of the recipe is not heeded there: all epochs are "
+        f"trained and {kept} kept",
+    )
 
 
 def split_plan(

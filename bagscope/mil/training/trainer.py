@@ -155,6 +155,12 @@ class Trainer:
         self._epochs = spec.epochs if stop_after is None else min(stop_after, spec.epochs)
         if spec.precision == "float16" and self._device.type == "cpu":
             raise ConfigError("precision is float16, which CPUs do not multiply; use float32")
+        # A final model has no inner part either, but its length was found with one.
+        if recipe.optimiser.schedule == "plateau" and inner is None and stop_after is None:
+            raise ConfigError(
+                "optimiser.schedule is plateau, which watches the inner validation part, and there "
+                "is none; choose cosine or constant, or a val_share above 0"
+            )
         self.statistics = statistics_of(train)
         self._scale = scale_of(self.statistics) if recipe.bags.standardise else None
         torch.manual_seed(seed)

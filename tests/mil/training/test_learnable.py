@@ -8,8 +8,9 @@ from bagscope.errors import ConfigError
 from bagscope.mil.cases import Case, CaseTable
 from bagscope.mil.splits.plan import Split, SplitPlan, SplitSpec
 from bagscope.mil.targets import TargetSpec
+from bagscope.mil.training.trainer import Trainer
 from bagscope.pipeline.train_data import require_learnable
-from tests.mil.made_bags import DIMENSION, made_recipe
+from tests.mil.made_bags import DIMENSION, TARGET, made_recipe, made_source
 
 SURVIVAL = TargetSpec(column="os", task="survival", time="months", event="dead")
 CASES = tuple(
@@ -43,3 +44,26 @@ def test_cox_asks_for_steps_of_several_bags() -> None:
     )
     alone = made_recipe(objective={"bins": 2}, bags={"bags_per_step": 1})
     require_learnable(alone, TABLE, plan_of(("e",)), DIMENSION)
+
+
+def test_without_an_inner_part_it_is_said_what_is_not_heeded() -> None:
+    discrete = {"objective": {"bins": 2}}
+    watched = made_recipe(**discrete, training={"patience": 3, "checkpoint": "best"})
+    assert require_learnable(watched, TABLE, plan_of(("e",)), DIMENSION) == ()
+    (note,) = require_learnable(watched, TABLE, plan_of(()), DIMENSION)
+    assert "r0_f0: no inner validation part" in note
+    assert "patience, checkpoint: best of the recipe is not heeded" in note
+    plain = made_recipe(**discrete, training={"patience": None, "checkpoint": "last"})
+    assert require_learnable(plain, TABLE, plan_of(()), DIMENSION) == ()
+
+
+def test_a_plateau_that_nothing_shows_is_refused() -> None:
+    recipe = made_recipe(objective={"bins": 2}, optimiser={"schedule": "plateau"})
+    require_learnable(recipe, TABLE, plan_of(("e",)), DIMENSION)
+    with pytest.raises(ConfigError, match=r"r0_f0: no inner validation part, .* plateau"):
+        require_learnable(recipe, TABLE, plan_of(()), DIMENSION)
+    recipe = made_recipe(optimiser={"schedule": "plateau"})
+    with pytest.raises(ConfigError, match="plateau, which watches the inner validation part"):
+        Trainer(recipe, [TARGET], made_source(4), None, seed=0)
+    # The final model: how long is known from members that had such a part.
+    Trainer(recipe, [TARGET], made_source(4), None, seed=0, stop_after=2)
