@@ -98,6 +98,7 @@ def test_pickled_it_answers_alike() -> None:
     np.testing.assert_array_equal(model.predict_proba(BAGS), again.predict_proba(BAGS))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_it_is_cross_validated_by_patient_in_several_processes() -> None:
     options: dict[str, Any] = {

@@ -45,6 +45,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return bundle, folder
 
 
+@pytest.mark.slow
 def test_report_of_another_cohort_holds_what_its_predictions_say(
     elsewhere: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -281,6 +281,7 @@ def test_tiles_that_are_dropped_are_caught_where_order_matters() -> None:
         check(DropsTilesInTurn, is_order_free=False)
 
 
+@pytest.mark.slow
 def test_what_mixes_bags_or_heeds_order_by_design_may_do_so() -> None:
     check(logits(lambda v, b: v - v.mean(0)), mixes_bags=True)
     check(DropsTiles, is_order_free=False)

@@ -107,6 +107,7 @@ def said_of(
     return np.concatenate(margins), tiles
 
 
+@pytest.mark.slow
 def test_abmil_finds_one_tile_in_a_hundred() -> None:
     made = planted_bags(300, dimension=16, tiles=(100, 200), seed=5)
     held = made.chosen(slice(200, None))

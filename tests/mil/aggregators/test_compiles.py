@@ -25,6 +25,7 @@ def loss_of(found: BagOutput) -> torch.Tensor:
     return torch.stack([found.logits.sum(), *(loss.sum() for loss in found.losses.values())]).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), KINDS)
 def test_ten_steps_need_few_compilations(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
