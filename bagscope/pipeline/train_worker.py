@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from bagscope.arithmetic import avoid_broken_units, keep_freed_memory
 from bagscope.artifacts import Json
 from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import StageResult
+from bagscope.errors import ArtifactError
 from bagscope.features.store import FeatureStore
 from bagscope.mil.cases import Case
 from bagscope.mil.member import FACTS_NAME, WEIGHTS_NAME, load_member, read_facts, save_member
@@ -32,6 +33,9 @@ from bagscope.pipeline.train import NUMERICS, PREDICTIONS_NAME
 
 if TYPE_CHECKING:
     from bagscope.pipeline.train import MemberTask, TestTask
+
+TESTED_NAME = "tested.json"
+"""Beside a member's test predictions: what they were made of, and their hash."""
 
 
 def train_task(name: str, task: MemberTask) -> StageResult:
@@ -105,24 +109,55 @@ def train_task(name: str, task: MemberTask) -> StageResult:
 
 
 def test_task(name: str, task: TestTask) -> StageResult:
-    """Predict the test fold of a finished member."""
+    """Predict the test fold of a finished member, or find it predicted."""
     set_up(task.threads)
-    member = load_member(task.folder)
     source = source_of(task.location, task.cases)
     path = task.folder / PREDICTIONS_NAME
-    found = member.infer(source, task.device)
-    text = predictions_csv(
-        member, task.cases, found.logits, repeat=task.repeat, fold=task.fold, seed=task.seed
-    )
-    fingerprint = artifacts.fingerprint({"member": dict(member.fields), "cases": _ids(task.cases)})
-    same = path.exists() and path.read_text(encoding="utf-8") == text
-    if not same:
+    fields = tested_fields(task)
+    is_made = _is_tested(task.folder, fields)
+    if not is_made:
+        member = load_member(task.folder)
+        found = member.infer(source, task.device)
+        text = predictions_csv(
+            member, task.cases, found.logits, repeat=task.repeat, fold=task.fold, seed=task.seed
+        )
         artifacts.write_text(path, text)
+        artifacts.step("fold-predicted")
+        made = {"fields": fields, "predictions_sha256": artifacts.sha256_of_file(path)}
+        artifacts.write_json(task.folder / TESTED_NAME, made)
     return StageResult(
-        outcome="skipped" if same else "done",
-        fingerprint=fingerprint,
+        outcome="skipped" if is_made else "done",
+        fingerprint=artifacts.fingerprint(fields),
         facts={"tiles": int(source.lengths.sum()), "cases": len(task.cases)},
     )
+
+
+def tested_fields(task: TestTask) -> dict[str, Json]:
+    """Return what the table of a test fold depends on, labels and sites included."""
+    slides = {slide_id for case in task.cases for slide_id in case.slide_ids}
+    fingerprint_of = fingerprints_in(FeatureStore.open(task.location, only=slides))
+    return {
+        "stage": "test",
+        "numerics": NUMERICS,
+        "member": artifacts.sha256_of_file(task.folder / FACTS_NAME),
+        "cases": artifacts.fingerprint(described(task.cases, fingerprint_of)),
+        "sites": artifacts.fingerprint({case.case_id: case.site for case in task.cases}),
+        "repeat": task.repeat,
+        "fold": task.fold,
+        "seed": task.seed,
+    }
+
+
+def _is_tested(folder: Path, fields: Mapping[str, Json]) -> bool:
+    """Return whether a member's table is there, unchanged, and of just these cases."""
+    try:
+        made = artifacts.read_json(folder / TESTED_NAME)
+        return bool(
+            made["fields"] == fields
+            and made["predictions_sha256"] == artifacts.sha256_of_file(folder / PREDICTIONS_NAME)
+        )
+    except (ArtifactError, OSError, LookupError, TypeError):
+        return False  # missing or damaged: the fold is predicted again
 
 
 def source_of(location: str, cases: Sequence[Case]) -> StoreSource:
@@ -213,7 +248,7 @@ def _forget(folder: Path, fingerprint: str) -> None:
     state = folder / STATE_NAME
     if facts is None and state.exists() and _state_of(state) == fingerprint:
         return  # this very training, killed before
-    for name in (FACTS_NAME, WEIGHTS_NAME, STATE_NAME, PREDICTIONS_NAME):
+    for name in (FACTS_NAME, WEIGHTS_NAME, STATE_NAME, PREDICTIONS_NAME, TESTED_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -251,7 +286,3 @@ def _tell(task: MemberTask, epoch: Epoch, began_s: float, new: Sequence[Epoch]) 
 
 def _number(value: float) -> float | None:
     return value if value == value else None
-
-
-def _ids(cases: Sequence[Case]) -> list[str]:
-    return [case.case_id for case in cases]

@@ -17,6 +17,9 @@ from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import Failure, Job, RunOptions, RunReport, select_shard
 from bagscope.cohort.progress import SilentReporter
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
+from bagscope.mil.inference import Inferred
+from bagscope.mil.member import Member
+from bagscope.mil.sources import BagSource
 from bagscope.mil.splits.plan import SplitSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline import bundle, train
@@ -222,3 +225,39 @@ def test_members_are_dealt_to_the_gpus_with_a_worker_for_each(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert devices("cuda") == ["cuda"] * FOLDS
     assert worker_count(by_itself, "cuda") == 1
+
+
+def test_a_fold_is_predicted_again_only_where_something_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(folder).folder
+    before = files_of(run)
+    asked: list[int] = []
+    infer = Member.infer
+
+    def counted(member: Member, source: BagSource, device: str = "cpu") -> Inferred:
+        asked.append(len(source.cases))
+        return infer(member, source, device)
+
+    monkeypatch.setattr(Member, "infer", counted)
+    again = trained(folder)
+    assert again.tested is not None
+    assert (asked, again.tested.counts["skipped"]) == ([], FOLDS)
+    tables = [run / f"fold_r0_f{fold}_s0" / "predictions.csv" for fold in range(FOLDS)]
+    tables[0].write_text(tables[0].read_text().replace("c", "d"))
+    tables[1].unlink()
+    assert trained(folder).is_complete
+    assert len(asked) == 2
+    assert files_of(run) == before
+    # Labels of the fold itself: its member never saw them, its table states them.
+    change_a_label(folder)
+    relabelled = trained(folder)
+    assert relabelled.tested is not None
+    assert relabelled.tested.counts["done"] == 1
+    assert len(asked) == 3
+    (changed,) = [
+        name
+        for name, one in files_of(run).items()
+        if one != before[name] and name.endswith("predictions.csv")
+    ]
+    assert changed.startswith("fold_")
