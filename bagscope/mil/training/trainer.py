@@ -406,6 +406,7 @@ class Trainer:
             return
         state = {
             "fingerprint": self._fingerprint,
+            "device": self._device.type,
             "history": [epoch.plain() for epoch in self._history],
             "model": self.model.state_dict(),
             "optimiser": self._optimiser.state_dict(),
@@ -415,7 +416,9 @@ class Trainer:
             "last": list(self._last),
             "watch": [self._watch.best, self._watch.epoch, self._watch.weights],
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self._device.type == "cuda" else [],
+            "cuda_rng": (
+                torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+            ),
         }
         with artifacts.atomic_file(self._folder / STATE_NAME) as temporary:
             torch.save(state, temporary)
@@ -441,6 +444,12 @@ class Trainer:
                 f"{path}: was left by a training with other options or data; pass --overwrite to "
                 "train anew, or choose another --name"
             )
+        if state["device"] != self._device.type:
+            raise ConfigError(
+                f"{path}: was left by a training on {state['device']}, and this one is on "
+                f"{self._device.type}, which draws other numbers; pass --device {state['device']}, "
+                "or --overwrite to train anew"
+            )
         self._history = [Epoch(**values) for values in state["history"]]
         self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -452,8 +461,8 @@ class Trainer:
         best, epoch, weights = state["watch"]
         self._watch = _Watch(best=best, epoch=epoch, weights=dict(weights))
         torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
 
 
 def _labels(source: BagSource) -> dict[str, NDArray[np.float64]]:

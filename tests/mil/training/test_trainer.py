@@ -360,3 +360,14 @@ def test_killed_after_the_last_state_the_last_epoch_still_comes_into_the_metrics
     trained(folder=tmp_path, fingerprint="f")
     with (tmp_path / "metrics.csv").open() as handle:
         assert [row["epoch"] for row in csv.DictReader(handle)] == ["1", "2", "3", "4"]
+
+
+def test_a_state_of_another_device_is_refused(tmp_path: Path) -> None:
+    trained(folder=tmp_path, fingerprint="f")
+    path = tmp_path / STATE_NAME
+    state = torch.load(path, weights_only=True)
+    assert state["device"] == "cpu"
+    state["device"] = "cuda"
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=r"on cuda, and this one is on cpu.* --device cuda"):
+        trained(folder=tmp_path, fingerprint="f")
