@@ -32,6 +32,8 @@ FALSE_ALARMS = 0.01
 """Share of bags like the training bags that may be flagged; more only where these are few."""
 FEWEST_PATIENTS = 3
 """With fewer training patients nothing can be said."""
+_ROWS = 1024
+"""Tiles that are float64 at a time, so that a bag's moments take no memory to speak of."""
 _LEAST_STD = 0.05
 """No dimension counts as steadier than this share of the root mean square deviation of all: one
 that never moved in training would else decide alone."""
@@ -90,10 +92,16 @@ class BagMoments:
 
 
 def moments_of(features: NDArray[Any]) -> BagMoments:
-    """Return the moments of a bag (n, D)."""
-    tiles = features.astype(np.float64)
-    mean = tiles.mean(axis=0)
-    return BagMoments(tiles=len(tiles), mean=mean, variance=((tiles - mean) ** 2).mean(axis=0))
+    """Return the moments of a bag (n, D), n at least 1."""
+    count = len(features)
+    mean, variance = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for begin in range(0, count, _ROWS):
+        mean += features[begin : begin + _ROWS].sum(axis=0, dtype=np.float64) / count
+    for begin in range(0, count, _ROWS):
+        off = features[begin : begin + _ROWS].astype(np.float64)
+        off -= mean
+        variance += (off**2).sum(axis=0) / count
+    return BagMoments(tiles=count, mean=mean, variance=variance)
 
 
 def reference_of(source: BagSource, statistics: FeatureStatistics) -> OodReference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -123,3 +124,23 @@ def test_tensors_and_back() -> None:
     assert again.limit == reference.limit
     assert again.usual_bag == reference.usual_bag
     np.testing.assert_array_equal(again.scores, reference.scores)
+
+
+@pytest.mark.parametrize("tiles", [1, 1024, 2500])
+def test_moments_are_those_of_all_tiles_at_once(tiles: int) -> None:
+    bag = (100 + np.random.default_rng(1).normal(size=(tiles, DIMENSION))).astype(np.float32)
+    found, exact = moments_of(bag), bag.astype(np.float64)
+    assert found.tiles == tiles
+    np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(found.variance, exact.var(axis=0), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_of_a_large_bag_take_little_memory() -> None:
+    bag = np.ones((40_000, 64), np.float16)
+    tracemalloc.start()
+    try:
+        moments_of(bag)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < bag.nbytes / 2
