@@ -358,6 +358,12 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         is_complete = not trained.exit_code and not tested.exit_code
         is_complete &= len(finished) == len(planned.members)
         result = dataclasses.replace(result, tested=tested, is_complete=is_complete)
+        if request.shard is not None and not is_complete:
+            waiting = (
+                f"{len(finished)} of {len(planned.members)} members are trained as asked; once "
+                "all are, the shard that ends last gathers and bundles them"
+            )
+            result = dataclasses.replace(result, notes=(*result.notes, waiting))
         if is_complete:
             with alone_at_the_end(study, planned, options):
                 gather_predictions(planned.folder, list(planned.tests.values()))

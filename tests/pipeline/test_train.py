@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from bagscope.mil.splits.plan import SplitSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline import bundle, train
 from bagscope.pipeline.finished_run import read_run
+from bagscope.pipeline.run_folder import alone_at_the_end
 from bagscope.pipeline.study import RunSpec, Study, available_cores, open_study
 from bagscope.pipeline.train import (
     TrainRequest,
@@ -142,6 +145,7 @@ def test_shards_that_train_anew_leave_no_run_of_mixed_members(folder: Path) -> N
     assert half.exit_code == 0
     assert sorted({facts["epochs"] for facts in members_in(whole.folder)}) == [1, 2]
     assert (half.is_complete, half.bundle) == (False, None)
+    assert re.search(r"[12] of 3 members are trained as asked", half.notes[-1])
     assert not (whole.folder / "predictions.csv").exists()
     rest = trained(folder, settings=LONGER, overwrite=True, shard=(2, 2))
     assert (rest.exit_code, rest.is_complete) == (0, True)
@@ -150,12 +154,9 @@ def test_shards_that_train_anew_leave_no_run_of_mixed_members(folder: Path) -> N
     assert read_run(rest.folder).seeds == (0,)
 
 
-@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
-def test_shards_in_turn_come_to_the_run_of_one_process(
-    folder: Path, tmp_path: Path, order: tuple[int, int]
-) -> None:
+def test_shards_in_turn_come_to_the_run_of_one_process(folder: Path, tmp_path: Path) -> None:
     whole = trained(Path(shutil.copytree(folder, tmp_path / "whole")))
-    first, last = (trained(folder, shard=(number, 2)) for number in order)
+    first, last = (trained(folder, shard=(number, 2)) for number in (1, 2))
     assert (first.exit_code, first.is_complete) == (0, False)
     assert (last.exit_code, last.is_complete) == (0, True)
 
@@ -164,6 +165,25 @@ def test_shards_in_turn_come_to_the_run_of_one_process(
         return {name: one for name, one in files_of(run).items() if "metrics.csv" not in name}
 
     assert kept(last.folder) == kept(whole.folder)
+
+
+def test_one_process_at_a_time_ends_a_run(folder: Path) -> None:
+    study = opened(folder)
+    request = TrainRequest(targets=(TargetSpec(column="label"),), features=str(folder / "features"))
+    planned = plan_training(study, request)
+    (study.status_folder / "test" / "abmil").mkdir(parents=True)
+    is_in = threading.Event()
+
+    def end() -> None:
+        with alone_at_the_end(study, planned, RunOptions()):
+            is_in.set()
+
+    other = threading.Thread(target=end)
+    with alone_at_the_end(study, planned, RunOptions()):
+        other.start()
+        assert not is_in.wait(0.3)
+    other.join(10)
+    assert is_in.is_set()
 
 
 def test_a_member_of_another_recipe_is_not_judged(folder: Path) -> None:
