@@ -94,11 +94,8 @@ def opened(folder: Path, folds: int = FOLDS) -> Study:
 
 
 def trained(folder: Path, *, folds: int = FOLDS, **options: Any) -> TrainResult:
-    request = TrainRequest(
-        targets=(TargetSpec(column="label"),),
-        features=str(folder / "features"),
-        **{"settings": SMALL, **options},
-    )
+    asked = {"targets": (TargetSpec(column="label"),), "settings": SMALL, **options}
+    request = TrainRequest(features=str(folder / "features"), **asked)
     return train_run(opened(folder, folds), request, SilentReporter())
 
 
@@ -115,6 +112,10 @@ def change_a_label(folder: Path) -> None:
     for row in rows:
         if row["patient_id"] == patient:
             row["label"] = "1" if row["label"] == "0" else "0"
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, rows[0])
         writer.writeheader()
@@ -187,13 +188,33 @@ def test_one_process_at_a_time_ends_a_run(folder: Path) -> None:
 
 
 def test_a_member_of_another_recipe_is_not_judged(folder: Path) -> None:
-    run = trained(folder).folder
+    # As they are written for a fold; the recipe makes a float of the rate.
+    tuned = {"r0_f0": {"training": {"epochs": 2}, "optimiser": {"lr": 1}}}
+    run = trained(folder, tuned=tuned).folder
+    assert [facts.epochs for facts in read_run(run).members] == [2, 1, 1]
     path = run / "fold_r0_f1_s0" / "member.json"
     facts = json.loads(path.read_text())
     facts["recipe"]["training"]["epochs"] = 7
     path.write_text(json.dumps(facts))
     with pytest.raises(FingerprintMismatch, match=r"f1_s0 .*epochs is 7, asked for 1.*--overwrite"):
         read_run(run)
+
+
+def test_members_of_survival_with_bins_of_their_own_can_be_judged(folder: Path) -> None:
+    path = folder / "study" / "cohort.csv"
+    with path.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    for row in rows:
+        number = int(row["patient_id"][1:])
+        row["days"], row["died"] = str(10 + 7 * number), str(int(number % 3 > 0))
+    write_rows(path, rows)
+    target = TargetSpec.model_validate({"task": "survival", "time": "days", "event": "died"})
+    settings = {**SMALL, "objective": {"bins": 2}}
+    run = trained(folder, targets=(target,), settings=settings).folder
+    heads = {one.read_text().partition("\n")[0] for one in run.glob("fold_*/predictions.csv")}
+    assert len(heads) > 1
+    found = read_run(run)
+    assert len(found.answers(found.target()).case) == len(rows)
 
 
 def test_a_seed_twice_is_refused_before_anything_is_written(folder: Path) -> None:
