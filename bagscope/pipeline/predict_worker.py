@@ -17,13 +17,15 @@ from bagscope.errors import ArtifactError, FingerprintMismatch
 from bagscope.features.store import FeatureStore, SlideRecord
 from bagscope.mil.cases import Case
 from bagscope.mil.feature_origin import FeatureOrigin, compare
-from bagscope.mil.member import load_member
+from bagscope.mil.member import Member, load_member
 from bagscope.mil.prediction import Answer, Panel, score_names
 from bagscope.mil.score_file import ScoreFile, read_score_file, write_score_file
 from bagscope.mil.sources import StoreSource
 
 NUMERICS = 1
 """Raised by hand, with a changelog line, when the same members would say other numbers."""
+_MEMBERS_KEPT = 32
+"""Loaded members, of a few MB each, that a worker keeps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +88,13 @@ def score_one(job: Job) -> StageResult:
 @lru_cache(maxsize=1)
 def _panel(members: tuple[MemberFolder, ...], device: str) -> Panel:
     # A worker is asked about one case after another by the same members.
-    return Panel([load_member(member.folder) for member in members], device)
+    return Panel([_member(member) for member in members], device)
+
+
+@lru_cache(maxsize=_MEMBERS_KEPT)
+def _member(member: MemberFolder) -> Member:
+    # Of repeated folds, each case has another panel of the same members.
+    return load_member(member.folder)
 
 
 def _fields(task: ScoreTask, records: list[SlideRecord]) -> tuple[dict[str, Json], tuple[str, ...]]:

@@ -16,11 +16,12 @@ from bagscope.features.store import FeatureStore
 from bagscope.mil.bags import Bags
 from bagscope.mil.cases import Case
 from bagscope.mil.feature_origin import origin_of
-from bagscope.mil.member import load_member, save_member
+from bagscope.mil.member import Member, load_member, save_member
 from bagscope.mil.score_file import read_score_file
 from bagscope.mil.sources import StoreSource
 from bagscope.mil.training.finishing import finish
 from bagscope.mil.training.trainer import Trainer
+from bagscope.pipeline import predict_worker
 from bagscope.pipeline.bundle import member_folders
 from bagscope.pipeline.predict_worker import ScoreTask, score_one
 from tests.features.stored import store_slide
@@ -127,3 +128,21 @@ def test_a_slide_of_another_tiling_fails_alone_and_says_why(task: ScoreTask) -> 
     other = Case(case_id="d", patient_id="d", slide_ids=("d",))
     with pytest.raises(FingerprintMismatch, match=r"d: tile_px is 512, the model's is 256"):
         score_one(Job(slide_id="d", payload=replace(task, case=other)))
+
+
+def test_a_member_of_several_panels_is_loaded_once(
+    task: ScoreTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def counted(folder: Path) -> Member:
+        loaded.append(folder.name)
+        return load_member(folder)
+
+    monkeypatch.setattr(predict_worker, "load_member", counted)
+    one, other = task.members
+    # Of repeated folds, each case is asked about by members of its own.
+    for number, members in enumerate([(one,), (one, other), (other,), (one,)]):
+        asked = replace(task, members=members, out=task.out / str(number))
+        assert score_one(Job(slide_id="a", payload=asked)).outcome == "done"
+    assert loaded == ["m0", "m1"]
