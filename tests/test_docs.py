@@ -14,6 +14,7 @@ import pytest
 from bagscope.cli.app import app
 from bagscope.wsi.tile_file import read_tile_file
 from tests.cli.conftest import Ran, bagscope, slides, slides_once
+from tests.stained import build_stained_svs
 
 __all__ = ["bagscope", "slides", "slides_once"]
 
@@ -55,16 +56,17 @@ def commands_of(page: Path) -> list[list[str]]:
 
 def test_the_readme_s_commands_run_in_their_order(
     bagscope: Callable[..., Ran],
-    slides: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
     monkeypatch.chdir(tmp_path)
     # The README asks for 0.5 µm; these scans are at 1 µm and are called twice as fine.
-    head, paths = "slide_id,path,mpp,label\n", sorted(slides.glob("*.svs"))
-    rows = [
-        f"s{i},slides/{paths[i % len(paths)].name},0.5,{'ab'[i % 2]}\n" for i in range(COHORT)
-    ]
+    for index in range(COHORT):
+        build_stained_svs(slides / f"s{index}.svs", mpp=1.0, downsamples=(1, 4), seed=index)
+    head = "slide_id,path,mpp,label\n"
+    rows = [f"s{index},slides/s{index}.svs,0.5,{'ab'[index % 2]}\n" for index in range(COHORT)]
     (tmp_path / "slides.csv").write_text(head + "".join(rows))
     (tmp_path / "new.csv").write_text(head + rows[0])
     commands = commands_of(ROOT / "README.md")

@@ -88,7 +88,8 @@ def extract_one(job: Job) -> StageResult:
         BagscopeError: what the engine says of the slide.
     """
     remote: RemoteTask = job.payload
-    spec = canonical_json(remote.study.spec.model_dump(mode="json")).decode()
+    # What was not set stays so: a split refuses options that its method makes no use of.
+    spec = canonical_json(remote.study.spec.model_dump(mode="json", exclude_unset=True)).decode()
     engine = _engine(remote.study.folder, spec, remote.tiling, remote.overwrite)
     engine.start(Job(slide_id=job.slide_id, payload=remote.task))
     while not (ended := engine.wait(_WAIT_S)):
