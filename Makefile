@@ -37,13 +37,16 @@ lint: $(READY)
 	$(BIN)/codespell bagscope tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/mypy
 
-check: lint ## lint, types and fast tests
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu and not network' -n $(JOBS)
+check: lint ## lint, types and the tests without coverage
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu and not network' -n $(JOBS) --dist worksteal
 
-test: $(READY) ## every test that this machine can run, with coverage
-	$(BIN)/python -m pytest -m 'not network' -n $(JOBS) --cov --cov-report=
+test: $(READY) ## the tests, with coverage; under ten minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow and not network' -n $(JOBS) --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --sort=cover
 	$(BIN)/coverage report --include='bagscope/wsi/*,bagscope/cohort/*,bagscope/features/*,bagscope/artifacts.py' --fail-under=90 --format=total
+
+test-slow: $(READY) ## the tests that take long
+	$(BIN)/python -m pytest -m 'slow and not network' -n $(JOBS) --dist worksteal
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -82,4 +85,4 @@ docs: $(READY) ## check the docs: links, named verbs, and that the README's comm
 clean: ## remove the environment and everything that a verb made
 	rm -rf $(VENV) demo build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo fmt lint check test test-gpu bench bench-gpu drill golden docs clean
+.PHONY: help install demo fmt lint check test test-slow test-gpu bench bench-gpu drill golden docs clean
