@@ -77,7 +77,9 @@ def train(
         TrackerName | None,
         typer.Option("--track", help="write the epochs for this tracker too", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, cuda (a member on each GPU), cuda:1, ...")
+    ] = "cpu",
     workers: options.Workers = None,
     shard: options.Shard = None,
     overwrite: options.Overwrite = False,
