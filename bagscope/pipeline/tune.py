@@ -38,6 +38,7 @@ from bagscope.pipeline.train import (
     plan_training,
     read_config,
     train_run,
+    worker_count,
 )
 from bagscope.specs import Spec, parse_spec
 
@@ -246,6 +247,7 @@ def tune_run(study: Study, request: TuneRequest, report: Reporter) -> TuneResult
     stage = f"{STAGE}/{planned.folder.name}"
     options = dataclasses.replace(
         run_options(study.spec.run, None, "local", preload=WORKER_MODULES),
+        workers=worker_count(study.spec.run, request.train.device),
         sweep=(planned.folder / FOLDER_NAME,),
         noun="searches",
     )
