@@ -197,6 +197,8 @@ def print_extraction(result: ExtractResult, *, as_json: bool) -> None:
 def print_training(result: TrainResult, *, as_json: bool) -> None:
     """Print how a training run ended, and what to do with it."""
     if as_json:
+        facts = {"run": str(result.folder), "complete": result.is_complete}
+        print_json("trained", {**facts, "notes": list(result.notes)})
         return
     for note in result.notes:
         typer.echo(f"  note: {note}")

@@ -211,7 +211,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     )
     store = FeatureStore.open(location)
     record = store.record(table.cases[0].slide_ids[0])
-    require_learnable(recipe, table, plan, record.shape[1])
+    unheeded = require_learnable(recipe, table, plan, record.shape[1])
     folder = study.folder / "runs" / (request.name or Path(request.recipe).stem)
     count = len(plan.splits) * len(request.seeds)
     cores = available_cores()
@@ -278,7 +278,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
         tests=tests,
         cases=table.cases,
         plan=plan,
-        notes=(*labelled.notes, *notes),
+        notes=(*labelled.notes, *notes, *unheeded),
     )
 
 
