@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Tests beyond two processes gain little and cost memory.
-JOBS ?= 2
+# Tests wait for processes that they start, so there is work for more of them than cores.
+JOBS ?= 3
 # Folder of musk1.npz, fox.npz and alt_atheism.npz, for `make bench`; they are not shipped.
 MIL_DATA ?=
 

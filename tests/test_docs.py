@@ -54,6 +54,7 @@ def commands_of(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("bagscope ")]
 
 
+@pytest.mark.slow
 def test_the_readme_s_commands_run_in_their_order(
     bagscope: Callable[..., Ran],
     tmp_path: Path,

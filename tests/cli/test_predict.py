@@ -148,6 +148,7 @@ def test_one_bad_slide_never_stops_the_rest(bagscope: Command, trained: Path) ->
     assert f"left out, has no features: {slides[1].stem}" in ran.out
 
 
+@pytest.mark.slow
 def test_an_answer_of_another_model_is_not_taken_for_this_one(
     bagscope: Command, trained: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_an_answer_of_another_model_is_not_taken_for_this_one(
     assert bagscope(*asked, "--name", "elsewhere").code == 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_features_and_what_does_not_match(
     bagscope: Command, trained: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_what_is_wrong_with_models_and_labels(bagscope: Command, trained: Path) 
     assert "content changed since it was written" in ran.err
 
 
+@pytest.mark.slow
 def test_the_final_model_learns_from_all_for_as_long_as_the_folds_say(
     bagscope: Command, trained: Path
 ) -> None:
@@ -263,10 +266,10 @@ def test_the_final_model_learns_from_all_for_as_long_as_the_folds_say(
     out = study / "predictions" / "r" / "study"
     assert {row["members"] for row in rows_of(out / "predictions.csv")} == {"1"}
 
-    # Members that were trained otherwise leave the final model behind, until it is made of them.
+    # Members that are trained otherwise take the final model with them, until it is made anew.
     otherwise = (*asked[:-1], "--overwrite", "--set", "optimiser.lr=0.02")
     assert bagscope(*otherwise).code == 0
-    assert (run / "final" / "member.json").exists()
+    assert not (run / "final").exists()
     assert load_bundle(run / "model.bagscope").default == "ensemble"
     ran = bagscope(*asked, "--set", "optimiser.lr=0.02")
     assert ran.code == 0, ran.out
@@ -295,6 +298,7 @@ def test_a_recipe_that_can_learn_a_few_cases_says_so_and_leaves_nothing(
     assert "24 cases have a label" in bagscope(*asked, "--overfit", 99).err
 
 
+@pytest.mark.slow
 def test_from_slides_it_tiles_and_extracts_as_the_model_was_trained(
     bagscope: Command, slides: Path, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_the_same_again_skips_everything_and_tells_it_as_json(
     assert files_of(trained / "study" / "runs" / "small") == before
 
 
+@pytest.mark.slow
 def test_another_recipe_under_the_same_name_is_refused_and_overwrites(
     bagscope: Command, trained: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_another_recipe_under_the_same_name_is_refused_and_overwrites(
     assert all(after[name] != before[name] for name in after if name.endswith(".json"))
 
 
+@pytest.mark.slow
 def test_one_worker_and_a_second_seed_change_no_bit_of_the_first(
     trained: Path, folder: Path
 ) -> None:
@@ -365,6 +367,7 @@ def test_features_of_several_dimensions_or_encoders(bagscope: Command, folder: P
     assert path.name in err
 
 
+@pytest.mark.slow
 def test_features_that_are_no_numbers_fail_the_members_that_need_them(folder: Path) -> None:
     path = slide_of(folder, 1)
     rewrite_features(path, np.full((2, DIMENSION), np.nan, np.float32))

@@ -15,6 +15,7 @@ Command = Callable[..., Ran]
 pytest.importorskip("optuna")
 
 
+@pytest.mark.slow
 def test_tuning_chooses_per_fold_and_trains_with_it(bagscope: Command, tmp_path: Path) -> None:
     study, features = made_study(tmp_path, 16)
     (study / "study.yaml").write_text("splits: {method: kfold, folds: 2}\nrun: {workers: 2}\n")
