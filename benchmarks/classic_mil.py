@@ -5,8 +5,10 @@
 FOLDER holds musk1.npz, fox.npz and alt_atheism.npz: x (tiles, D), bag (tiles,), y (bags,) and,
 of alt.atheism, inst (tiles,). Ten stratified folds for each seed. A fifth of the training bags is
 the inner validation part: it chooses the epoch of the networks and the penalty of the logistic
-regression, which neither learns from. Settings are the same for all data sets and were fixed before
-any test fold was looked at. An interrupted run goes on where it stopped.
+regression, which neither learns from. Settings are the same for all data sets: Ilse's learning rate
+and decay, taken over after a first trial with another rate on one fold of another split seed (100,
+not among those below), which printed its test scores too. An interrupted run goes on where it
+stopped.
 """
 
 from __future__ import annotations
