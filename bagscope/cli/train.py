@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bagscope.cli import console, options, target_options
+from bagscope.cli import console, options, target_options, train_options
 from bagscope.cli.target_options import targets_of
 from bagscope.cohort.jobs import parse_shard
 from bagscope.errors import ConfigError
@@ -22,45 +22,22 @@ from bagscope.pipeline.train import PlannedRun, TrainRequest, plan_training, tra
 
 def train(
     study: options.Study,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", help="name of a recipe, or a YAML file", show_default=False),
-    ] = None,
+    recipe: train_options.Recipe = None,
     target: target_options.Target = None,
     task: target_options.TaskName = None,
     classes: target_options.Classes = None,
     positive: target_options.Positive = None,
     time: target_options.Time = None,
     event: target_options.Event = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="BLOCK.OPTION=VALUE", help="over the recipe", show_default=False
-        ),
-    ] = None,
-    split: Annotated[
-        str, typer.Option("--split", help="name of the splits; made where they are missing")
-    ] = "default",
-    seeds: Annotated[
-        str | None,
-        typer.Option("--seeds", help="one model per fold and seed: 0,1,2", show_default=False),
-    ] = None,
+    set_: train_options.Settings = None,
+    split: train_options.Split = "default",
+    seeds: train_options.Seeds = None,
     name: Annotated[
         str, typer.Option("--name", help="of the run; the recipe's if not set", show_default=False)
     ] = "",
-    features: Annotated[
-        str | None,
-        typer.Option(
-            "--features", help="folder or URL; the study's own if not set", show_default=False
-        ),
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option("--encoder", "-e", help="where there are several", show_default=False),
-    ] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="leave slides without features out")
-    ] = False,
+    features: train_options.Features = None,
+    encoder: train_options.Encoder = None,
+    skip_missing: train_options.SkipMissing = False,
     final: Annotated[
         bool, typer.Option("--final", help="train a model on all patients too, after the folds")
     ] = False,
@@ -77,9 +54,7 @@ def train(
         TrackerName | None,
         typer.Option("--track", help="write the epochs for this tracker too", show_default=False),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="cpu, cuda (a member on each GPU), cuda:1, ...")
-    ] = "cpu",
+    device: train_options.Device = "cpu",
     workers: options.Workers = None,
     shard: options.Shard = None,
     overwrite: options.Overwrite = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bagscope.cli import console, options, target_options
+from bagscope.cli import console, options, target_options, train_options
 from bagscope.cli.target_options import targets_of
 from bagscope.cli.train import seeds_of
 from bagscope.pipeline.recipes import laid_over, parse_settings
@@ -18,10 +18,7 @@ from bagscope.pipeline.tune import INNER_FOLDS, TRIALS, TuneRequest, plan_tuning
 
 def tune(
     study: options.Study,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", help="name of a recipe, or a YAML file", show_default=False),
-    ] = None,
+    recipe: train_options.Recipe = None,
     space: Annotated[
         Path | None,
         typer.Option(
@@ -42,37 +39,17 @@ def tune(
     positive: target_options.Positive = None,
     time: target_options.Time = None,
     event: target_options.Event = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="BLOCK.OPTION=VALUE", help="over the recipe", show_default=False
-        ),
-    ] = None,
-    split: Annotated[
-        str, typer.Option("--split", help="name of the splits; made where they are missing")
-    ] = "default",
-    seeds: Annotated[
-        str | None,
-        typer.Option("--seeds", help="one model per fold and seed: 0,1,2", show_default=False),
-    ] = None,
+    set_: train_options.Settings = None,
+    split: train_options.Split = "default",
+    seeds: train_options.Seeds = None,
     name: Annotated[
         str,
         typer.Option("--name", help="of the run; <recipe>_tuned if not set", show_default=False),
     ] = "",
-    features: Annotated[
-        str | None,
-        typer.Option(
-            "--features", help="folder or URL; the study's own if not set", show_default=False
-        ),
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option("--encoder", "-e", help="where there are several", show_default=False),
-    ] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="leave slides without features out")
-    ] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    features: train_options.Features = None,
+    encoder: train_options.Encoder = None,
+    skip_missing: train_options.SkipMissing = False,
+    device: train_options.Device = "cpu",
     workers: options.Workers = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
