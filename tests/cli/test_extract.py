@@ -210,6 +210,7 @@ def cohort(slides: Path) -> Path:
     return slides
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_and_says_how_to_go_on(
     bagscope: Command, cohort: Path, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_members_and_their_mean_on_the_training_study(bagscope: Command, trained
     assert bagscope("verify", trained / "study").code == 0
 
 
+@pytest.mark.slow
 def test_one_bad_slide_never_stops_the_rest(bagscope: Command, trained: Path) -> None:
     slides = sorted((trained / "features").glob("*.h5"))
     slides[0].write_bytes(slides[0].read_bytes()[:900])

@@ -140,6 +140,7 @@ def test_every_case_is_tested_once_by_a_member_that_never_saw_it(trained: Path) 
         assert {sides[name][f"r0_f{row['fold']}"] for name in mates} == {"test"}
 
 
+@pytest.mark.slow
 def test_the_same_again_skips_everything_and_tells_it_as_json(
     bagscope: Command, trained: Path
 ) -> None:
@@ -393,6 +394,7 @@ def results_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_one_step_after_another_it_ends_at_the_same_bits(
     trained: Path, folder: Path

@@ -28,6 +28,7 @@ def test_of_noise_a_run_says_that_there_is_nothing(plans: list[PlannedRun]) -> N
     assert abs(found.mean() - 0.5) < reach_of(plans[0], len(SEEDS))
 
 
+@pytest.mark.slow
 def test_its_leaky_twin_finds_what_is_not_there(plans: list[PlannedRun]) -> None:
     found = np.concatenate([leaky_aurocs(planned, "train") for planned in plans])
     assert found.mean() - 0.5 > reach_of(plans[0], len(SEEDS))

@@ -187,6 +187,7 @@ def test_what_can_not_be_learnt_from_is_refused() -> None:
         MILClassifier(options={"training": {"epoch": 3}}).fit(BAGS, Y)
 
 
+@pytest.mark.slow
 def test_the_page_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
