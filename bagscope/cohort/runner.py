@@ -80,6 +80,7 @@ def run_cohort(
     options: RunOptions,
     report: Reporter,
     make_executor: Callable[[], Executor] | None = None,
+    on_message: Callable[[str, bytes], None] | None = None,
 ) -> RunReport:
     """Do the work of a stage on every slide, each in a process of its own.
 
@@ -97,6 +98,7 @@ def run_cohort(
         report: listens.
         make_executor: makes who carries the work out, in place of the one that `options` names,
             which then calls `work` or does as much by its own means.
+        on_message: is told what a local worker tells of its job (see `executors.worker.tell`).
 
     Returns:
         What became of the slides; `interrupted` after Ctrl-C or SIGTERM, by when every worker has
@@ -119,7 +121,11 @@ def run_cohort(
         claims = stack.enter_context(ClaimBook(folder, stage=stage, stale_s=options.stale_claim_s))
         stack.callback(claims.sweep)
         claims.sweep()
-        executor = make_executor() if make_executor else _make_executor(work, options, len(chosen))
+        executor = (
+            make_executor()
+            if make_executor
+            else _make_executor(work, options, len(chosen), on_message)
+        )
         stack.callback(executor.close)
         run = _Run(chosen, stage, status_dir, options, report, claims, executor)
         stack.callback(switch.disconnect)
@@ -392,7 +398,12 @@ def _as_status(stage: str, finished: Finished) -> Status:
     )
 
 
-def _make_executor(work: Work, options: RunOptions, jobs: int) -> Executor:
+def _make_executor(
+    work: Work,
+    options: RunOptions,
+    jobs: int,
+    on_message: Callable[[str, bytes], None] | None,
+) -> Executor:
     pickled_work, module = pickle.dumps(work), _module_of(work)
     if options.executor == "local":
         from bagscope.cohort.executors.local import LocalExecutor
@@ -404,6 +415,7 @@ def _make_executor(work: Work, options: RunOptions, jobs: int) -> Executor:
             timeout_s=options.timeout_s,
             memory_limit_mib=options.memory_limit_mib,
             preload=options.preload,
+            on_message=on_message,
         )
     from bagscope.cohort.executors.dask import DaskExecutor
 

@@ -155,7 +155,7 @@ def weight_source(spec: ExtractSpec) -> WeightSource:
 
 def features_folder(study: Study, tiling: str, encoder: LoadedEncoder) -> Path:
     """Return the folder of an encoder's features."""
-    return study.folder / "features" / tiling / encoder.spec.folder
+    return study.features_folder(tiling) / encoder.spec.folder
 
 
 def stage_name(tiling: str, folders: Sequence[Path]) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from bagscope.pipeline.study import Study
 from bagscope.pipeline.train import TrainRequest
-from bagscope.wsi.tiling import tiling_name
 
 
 def training_requests(study: Study, *, overwrite: bool = False) -> list[TrainRequest]:
@@ -18,8 +17,7 @@ def training_requests(study: Study, *, overwrite: bool = False) -> list[TrainReq
         return []
     plan = study.spec.train
     recipe = Path(plan.recipe).stem
-    folder = study.folder / "features" / tiling_name(study.spec.tiling)
-    encoders = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    encoders = study.extracted_encoders()
     return [
         TrainRequest(
             targets=study.spec.targets,

@@ -74,7 +74,7 @@ def overfit_study(study: Study, request: TrainRequest, count: int, report: Repor
     """
     from bagscope.mil.training.monitoring import METRICS
     from bagscope.mil.training.trainer import Trainer
-    from bagscope.pipeline.train_data import find_features, labelled_study
+    from bagscope.pipeline.train_data import find_features, labelled_cases
     from bagscope.pipeline.train_worker import source_of
 
     if count < 2:
@@ -84,13 +84,13 @@ def overfit_study(study: Study, request: TrainRequest, count: int, report: Repor
     asked = load_recipe(request.recipe, request.settings)
     recipe = plain_recipe(asked, count)
     location = find_features(study, request.features, request.encoder)
-    table = labelled_study(
+    table = labelled_cases(
         study,
         request.targets,
         per=recipe.bags.per,
         location=location,
         skip_missing=request.skip_missing,
-    ).table
+    )
     cases = choose_cases(table.cases, table.targets[0], count)
     source = source_of(location, cases)
     history: list[Epoch] = []

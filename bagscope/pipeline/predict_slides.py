@@ -29,7 +29,7 @@ def find_known_features(study: Study, origin: FeatureOrigin) -> str | None:
     if not _can_be_made(origin):
         return find_features(study, None, None)
     wanted = _study_for(study, origin)
-    folder = study.folder / "features" / tiling_name(wanted.spec.tiling) / _folder_name(origin)
+    folder = wanted.features_folder(tiling_name(wanted.spec.tiling)) / _folder_name(origin)
     missing = [row for row in study.cohort().rows if not (folder / f"{row.slide_id}.h5").is_file()]
     # Without its slide, a missing one would only fail twice.
     if any(row.path.exists() for row in missing) or not folder.is_dir():
@@ -55,7 +55,7 @@ def make_features(
             f"{origin.weights_sha256[:12]}…; get the weights that the model was trained on"
         )
     result = extract_cohort(wanted, report, ExtractOptions())
-    folder = study.folder / "features" / tiling_name(wanted.spec.tiling) / _folder_name(origin)
+    folder = wanted.features_folder(tiling_name(wanted.spec.tiling)) / _folder_name(origin)
     if not result.report.interrupted and not any(folder.glob("[!.]*.h5")):
         raise ConfigError(
             f"{folder}: no slide could be extracted; run bagscope extract {study.folder} to see why"

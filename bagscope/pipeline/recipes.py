@@ -11,6 +11,7 @@ import yaml
 import bagscope
 from bagscope.errors import ConfigError, first_line
 from bagscope.mil.recipe import TrainSpec
+from bagscope.pipeline.study import read_yaml
 from bagscope.specs import did_you_mean, parse_spec
 
 _PACKAGE = Path(bagscope.__file__).parent
@@ -36,13 +37,8 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpe
     from bagscope.mil.aggregators.registry import aggregator_entry
 
     path = _path_of(name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: could not be read as a recipe ({first_line(error)})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, expected blocks of options")
-    recipe = parse_spec(TrainSpec, laid_over(values, options or {}), where=f"recipe {path.name}")
+    values = laid_over(read_yaml(path), options or {})
+    recipe = parse_spec(TrainSpec, values, where=f"recipe {path.name}")
     aggregator = recipe.aggregator
     parse_spec(
         aggregator_entry(aggregator.name).options,

@@ -18,7 +18,7 @@ from bagscope.features.extraction import ExtractSpec
 from bagscope.mil.splits.plan import SplitSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.specs import Spec, parse_spec
-from bagscope.wsi.tiling import TilingSpec
+from bagscope.wsi.tiling import TilingSpec, tiling_name
 
 STUDY_NAME = "study.yaml"
 COHORT_NAME = "cohort.csv"
@@ -95,6 +95,15 @@ class Study:
         """Return the folder of a tiling."""
         return self.folder / "tilings" / name
 
+    def features_folder(self, tiling: str) -> Path:
+        """Return the folder under which the features of a tiling lie, by encoder."""
+        return self.folder / "features" / tiling
+
+    def extracted_encoders(self) -> list[str]:
+        """Return the encoders that the study's own tiling has features of, in order of name."""
+        folder = self.features_folder(tiling_name(self.spec.tiling))
+        return sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+
     @property
     def status_folder(self) -> Path:
         """Return the folder under which every stage keeps its status files and claims."""
@@ -116,7 +125,7 @@ def open_study(folder: Path, overrides: Mapping[str, Mapping[str, Any]] | None =
             f"{folder}: no study here; make one with bagscope init {folder} --slides SLIDES"
         )
     path = folder / STUDY_NAME
-    values = _read_yaml(path) if path.exists() else {}
+    values = read_yaml(path) if path.exists() else {}
     for section, options in (overrides or {}).items():
         given = {name: value for name, value in options.items() if value is not None}
         if given:
@@ -194,7 +203,12 @@ def _template() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds blocks of options; an empty one holds none.
+
+    Raises:
+        ConfigError: not readable, not YAML, or something else than blocks.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

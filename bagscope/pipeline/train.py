@@ -10,14 +10,11 @@ import csv
 import dataclasses
 import io
 import json
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from bagscope import artifacts
 from bagscope.arithmetic import avoid_broken_units
@@ -30,11 +27,10 @@ from bagscope.mil.cases import Case
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.recipes import laid_over, load_recipe
-from bagscope.pipeline.study import RunSpec, Study, available_cores
+from bagscope.pipeline.study import RunSpec, Study, available_cores, read_yaml
 from bagscope.pipeline.tile import run_options
 
 if TYPE_CHECKING:
-    from bagscope.cohort.executors.local import LocalExecutor
     from bagscope.mil.splits.plan import SplitPlan
     from bagscope.mil.training.tracking import TrackerName, Tracking
 
@@ -184,7 +180,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     from bagscope.pipeline.splits import split_spec
     from bagscope.pipeline.train_data import (
         find_features,
-        labelled_study,
+        labelled_cases,
         require_learnable,
         split_plan,
     )
@@ -198,14 +194,13 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
         )
     recipe = load_recipe(request.recipe, request.settings)
     location = find_features(study, request.features, request.encoder)
-    labelled = labelled_study(
+    table = labelled_cases(
         study,
         request.targets,
         per=recipe.bags.per,
         location=location,
         skip_missing=request.skip_missing,
     )
-    table = labelled.table
     plan, notes = split_plan(
         study, table, name=request.split, spec=split_spec(study), dry_run=dry_run
     )
@@ -219,13 +214,14 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     devices = cycle(devices_of(request.device))
     members, tests = {}, {}
     for split in plan.splits:
-        own = laid_over(request.settings, request.tuned.get(split.name, {}))
+        own = request.tuned.get(split.name)
+        tuned = load_recipe(request.recipe, laid_over(request.settings, own)) if own else recipe
         for seed in request.seeds:
             name = f"fold_{split.name}_s{seed}"
             device = next(devices)
             members[name] = MemberTask(
                 folder=folder / name,
-                recipe=load_recipe(request.recipe, own),
+                recipe=tuned,
                 targets=table.targets,
                 train=table.chosen(split.train),
                 inner=table.chosen(split.val),
@@ -278,7 +274,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
         tests=tests,
         cases=table.cases,
         plan=plan,
-        notes=(*labelled.notes, *notes, *unheeded),
+        notes=(*table.notes, *notes, *unheeded),
     )
 
 
@@ -332,7 +328,7 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         status_dir=study.status_folder,
         options=options,
         report=report,
-        make_executor=lambda: _executor(stage, options, len(planned.members), report, tracking),
+        on_message=_listener(stage, report, tracking),
     )
     if tracking is not None:
         tracking.close()
@@ -400,7 +396,7 @@ def _complete(
             status_dir=study.status_folder,
             options=last,
             report=report,
-            make_executor=lambda: _executor(stage, last, 1, report),
+            on_message=_listener(stage, report),
         )
         result = dataclasses.replace(result, final=final)
         if final.interrupted:
@@ -463,18 +459,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"{folder}: no run there (it has no {CONFIG_NAME}); run bagscope train")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return dict(values)
+    return read_yaml(path)
 
 
-def _executor(
-    stage: str,
-    options: RunOptions,
-    members: int,
-    report: Reporter,
-    tracking: Tracking | None = None,
-) -> LocalExecutor:
-    from bagscope.cohort.executors.local import LocalExecutor
+def _listener(
+    stage: str, report: Reporter, tracking: Tracking | None = None
+) -> Callable[[str, bytes], None]:
+    """Return what passes on what members tell of their epochs."""
     from bagscope.mil.training.history import Epoch
 
     def on_message(name: str, message: bytes) -> None:
@@ -484,12 +475,4 @@ def _executor(
             tracking.add(name, history)
         report.emit(SlideTold(stage=stage, slide_id=name, text=facts.pop("text"), facts=facts))
 
-    return LocalExecutor(
-        pickle.dumps(train_one),
-        module=__name__,
-        workers=max(1, min(options.workers or 1, members)),
-        timeout_s=options.timeout_s,
-        memory_limit_mib=options.memory_limit_mib,
-        preload=options.preload,
-        on_message=on_message,
-    )
+    return on_message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,20 +24,6 @@ from bagscope.pipeline.study import Study
 from bagscope.wsi.tiling import tiling_name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LabelledStudy:
-    """A study's cases with their features.
-
-    Attributes:
-        location: of the feature store.
-        notes: sentences that the user should see.
-    """
-
-    table: CaseTable
-    location: str
-    notes: tuple[str, ...]
-
-
 def find_features(study: Study, features: str | None, encoder: str | None) -> str:
     """Return where the features of a study lie.
 
@@ -57,8 +42,8 @@ def find_features(study: Study, features: str | None, encoder: str | None) -> st
                 "--features names a folder, so --encoder has no meaning; leave it out"
             )
         return features
-    folder = study.folder / "features" / tiling_name(study.spec.tiling)
-    found = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+    folder = study.features_folder(tiling_name(study.spec.tiling))
+    found = study.extracted_encoders()
     if not found:
         raise ArtifactError(
             f"{folder}: no features yet; run bagscope extract {study.folder} first, or name a "
@@ -73,15 +58,15 @@ def find_features(study: Study, features: str | None, encoder: str | None) -> st
     return str(folder / found[0])
 
 
-def labelled_study(
+def labelled_cases(
     study: Study,
     targets: Sequence[TargetSpec],
     *,
     per: Per,
     location: str,
     skip_missing: bool = False,
-) -> LabelledStudy:
-    """Gather the labelled cases of a study.
+) -> CaseTable:
+    """Gather the labelled cases of a study that have features.
 
     Raises:
         CohortError: labels that are none, contradict each other or are not there at all; cases
@@ -97,8 +82,7 @@ def labelled_study(
         available=store.slide_ids,
         skip_missing=skip_missing,
     )
-    table = _with_tiles(table, store, skip_missing=skip_missing)
-    return LabelledStudy(table=table, location=location, notes=table.notes)
+    return _with_tiles(table, store, skip_missing=skip_missing)
 
 
 def require_learnable(

@@ -10,25 +10,23 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import model_validator
 
 from bagscope import artifacts
 from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter, SlideTold
 from bagscope.cohort.runner import run_cohort
-from bagscope.errors import ConfigError, FingerprintMismatch, first_line
+from bagscope.errors import ConfigError, FingerprintMismatch
 from bagscope.mil.cases import Case
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.recipes import laid_over
-from bagscope.pipeline.study import Study
+from bagscope.pipeline.study import Study, read_yaml
 from bagscope.pipeline.tile import run_options
 from bagscope.pipeline.train import (
     CONFIG_NAME,
@@ -162,11 +160,8 @@ def read_space(path: Path | None) -> Space:
     """
     if path is None:
         return DEFAULT_SPACE
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--space {path}: could not be read ({first_line(error)})") from error
-    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+    values = read_yaml(path)
+    if not values or not all(isinstance(options, dict) for options in values.values()):
         raise ConfigError(
             f"--space {path}: expected a line per option, such as "
             "optimiser.lr: {low: 1.0e-5, high: 1.0e-2, log: true}"
@@ -258,8 +253,6 @@ def tune_run(study: Study, request: TuneRequest, report: Reporter) -> TuneResult
             return
         report.emit(SlideTold(stage=stage, slide_id=name, text=facts.pop("text"), facts=facts))
 
-    from bagscope.cohort.executors.local import LocalExecutor
-
     tuned = run_cohort(
         [Job(slide_id=name, payload=task) for name, task in tasks.items()],
         tune_one,
@@ -267,15 +260,7 @@ def tune_run(study: Study, request: TuneRequest, report: Reporter) -> TuneResult
         status_dir=study.status_folder,
         options=options,
         report=report,
-        make_executor=lambda: LocalExecutor(
-            pickle.dumps(tune_one),
-            module=__name__,
-            workers=max(1, min(options.workers or 1, len(tasks))),
-            timeout_s=options.timeout_s,
-            memory_limit_mib=options.memory_limit_mib,
-            preload=options.preload,
-            on_message=on_message,
-        ),
+        on_message=on_message,
     )
     result = TuneResult(folder=planned.folder, tuned=tuned, chosen={}, trained=None)
     if tuned.exit_code:
