@@ -49,6 +49,15 @@ def avoid_broken_units() -> bool:
     return True
 
 
+def compute_on(threads: int) -> None:
+    """Make this process ready to compute with torch on so many threads."""
+    avoid_broken_units()
+    keep_freed_memory()
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 def advertises_matrix_units() -> bool:
     """Return whether the processor claims to have AMX."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -7,7 +7,7 @@ stands in it, so that nothing downstream can separate the slides of one patient 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -146,6 +146,11 @@ def cases_of(
         notes=(*on_classes, *_notes(cohort, left_out)),
         known_ids=frozenset(name for row in cohort.rows for name in (row.slide_id, row.patient_id)),
     )
+
+
+def slides_of(cases: Iterable[Case]) -> set[str]:
+    """Return the slides of cases."""
+    return {slide_id for case in cases for slide_id in case.slide_ids}
 
 
 def listed(names: Sequence[str], most: int = _LISTED) -> str:

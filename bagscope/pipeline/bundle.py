@@ -11,6 +11,7 @@ from bagscope import artifacts
 from bagscope.cohort.jobs import Job, RunOptions, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
+from bagscope.mil.cases import slides_of
 from bagscope.pipeline.study import Study, available_cores
 
 if TYPE_CHECKING:
@@ -95,13 +96,12 @@ def bundle_run(planned: PlannedRun, final: Path | None) -> Path:
 
     tests: Sequence[tuple[str, TestTask]] = list(planned.tests.items())
     first = next(iter(planned.members.values()))
-    slides = {
-        slide_id
+    learnt_from = {
+        case.case_id: case
         for task in planned.members.values()
         for case in (*task.train, *task.inner)
-        for slide_id in case.slide_ids
     }
-    store = FeatureStore.open(first.location, only=slides)
+    store = FeatureStore.open(first.location, only=slides_of(learnt_from.values()))
     path = planned.folder / BUNDLE_NAME
     write_bundle(
         path,

@@ -7,10 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from bagscope import artifacts
-from bagscope.arithmetic import avoid_broken_units, keep_freed_memory
+from bagscope.arithmetic import compute_on
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import Job, StageResult
 from bagscope.errors import ArtifactError, FingerprintMismatch
@@ -66,7 +65,7 @@ def score_one(job: Job) -> StageResult:
         FingerprintMismatch: features that the members do not know, or an answer of others.
     """
     task: ScoreTask = job.payload
-    _set_up(task.threads)
+    compute_on(task.threads)
     slide_ids = task.case.slide_ids
     store = FeatureStore.open(task.location, only=slide_ids)
     records = [store.record(slide_id) for slide_id in slide_ids]
@@ -163,9 +162,3 @@ def _file_of(
 
 def _is_known(value: object) -> bool:
     return not isinstance(value, float) or bool(np.isfinite(value))
-
-
-def _set_up(threads: int) -> None:
-    avoid_broken_units()
-    keep_freed_memory()
-    torch.set_num_threads(threads)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from bagscope import artifacts
-from bagscope.arithmetic import avoid_broken_units, keep_freed_memory
+from bagscope.arithmetic import compute_on
 from bagscope.artifacts import Json
 from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import StageResult
 from bagscope.errors import ArtifactError
 from bagscope.features.store import FeatureStore
-from bagscope.mil.cases import Case
+from bagscope.mil.cases import Case, slides_of
 from bagscope.mil.member import FACTS_NAME, WEIGHTS_NAME, load_member, read_facts, save_member
 from bagscope.mil.ood import reference_of
 from bagscope.mil.prediction_table import predictions_csv
@@ -44,10 +44,11 @@ def train_task(name: str, task: MemberTask) -> StageResult:
     Raises:
         FingerprintMismatch: it was trained with other options or data.
     """
-    set_up(task.threads)
-    train = source_of(task.location, task.train)
-    inner = source_of(task.location, task.inner) if task.inner else None
-    fields = member_fields(task)
+    compute_on(task.threads)
+    store = store_of(task.location, (*task.train, *task.inner))
+    train = StoreSource(store, task.train)
+    inner = StoreSource(store, task.inner) if task.inner else None
+    fields = member_fields(task, fingerprints_in(store))
     fingerprint = artifacts.fingerprint(fields)
     made = None if task.overwrite else read_facts(task.folder)
     if made is not None:
@@ -110,10 +111,11 @@ def train_task(name: str, task: MemberTask) -> StageResult:
 
 def test_task(name: str, task: TestTask) -> StageResult:
     """Predict the test fold of a finished member, or find it predicted."""
-    set_up(task.threads)
-    source = source_of(task.location, task.cases)
+    compute_on(task.threads)
+    store = store_of(task.location, task.cases)
+    source = StoreSource(store, task.cases)
     path = task.folder / PREDICTIONS_NAME
-    fields = tested_fields(task)
+    fields = tested_fields(task, fingerprints_in(store))
     is_made = _is_tested(task.folder, fields)
     if not is_made:
         member = load_member(task.folder)
@@ -132,10 +134,8 @@ def test_task(name: str, task: TestTask) -> StageResult:
     )
 
 
-def tested_fields(task: TestTask) -> dict[str, Json]:
+def tested_fields(task: TestTask, fingerprint_of: Callable[[str], str]) -> dict[str, Json]:
     """Return what the table of a test fold depends on, labels and sites included."""
-    slides = {slide_id for case in task.cases for slide_id in case.slide_ids}
-    fingerprint_of = fingerprints_in(FeatureStore.open(task.location, only=slides))
     return {
         "stage": "test",
         "numerics": NUMERICS,
@@ -160,24 +160,23 @@ def _is_tested(folder: Path, fields: Mapping[str, Json]) -> bool:
         return False  # missing or damaged: the fold is predicted again
 
 
+def store_of(location: str, cases: Sequence[Case]) -> FeatureStore:
+    """Return a store that knows the slides of cases and of no other."""
+    return FeatureStore.open(location, only=slides_of(cases))
+
+
 def source_of(location: str, cases: Sequence[Case]) -> StoreSource:
     """Return a source of cases whose store knows of no other slide."""
-    slides = {slide_id for case in cases for slide_id in case.slide_ids}
-    return StoreSource(FeatureStore.open(location, only=slides), cases)
+    return StoreSource(store_of(location, cases), cases)
 
 
-def member_fields(
-    task: MemberTask, fingerprint_of: Callable[[str], str] | None = None
-) -> dict[str, Json]:
+def member_fields(task: MemberTask, fingerprint_of: Callable[[str], str]) -> dict[str, Json]:
     """Return what a member's numbers depend on.
 
     Args:
         task: of the member.
-        fingerprint_of: of a slide's features; by default they are looked at.
+        fingerprint_of: of a slide's features.
     """
-    if fingerprint_of is None:
-        slides = {s for case in (*task.train, *task.inner) for s in case.slide_ids}
-        fingerprint_of = fingerprints_in(FeatureStore.open(task.location, only=slides))
     fields: dict[str, Json] = {
         "stage": "train",
         "numerics": NUMERICS,
@@ -233,13 +232,6 @@ def described(cases: Sequence[Case], fingerprint_of: Callable[[str], str]) -> di
         }
         for case in cases
     }
-
-
-def set_up(threads: int) -> None:
-    """Make this process ready to compute with so many threads."""
-    avoid_broken_units()
-    keep_freed_memory()
-    torch.set_num_threads(threads)
 
 
 def _forget(folder: Path, fingerprint: str) -> None:

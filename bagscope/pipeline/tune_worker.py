@@ -11,16 +11,16 @@ import optuna
 import torch
 
 from bagscope import artifacts
+from bagscope.arithmetic import compute_on
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import StageResult
-from bagscope.features.store import FeatureStore
 from bagscope.mil.bags import key_of
 from bagscope.mil.cases import Case, CaseTable
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.splits.strata import deal, patients_of, strata_of
 from bagscope.mil.training.trainer import Trainer, TrainingError
 from bagscope.pipeline.train import NUMERICS
-from bagscope.pipeline.train_worker import described, fingerprints_in, set_up, source_of
+from bagscope.pipeline.train_worker import described, fingerprints_in, source_of, store_of
 from bagscope.pipeline.tune import RangeSpec, TuneTask, chosen_path, with_options
 
 Tell = Callable[[dict[str, Any]], None]
@@ -34,7 +34,7 @@ def tune_task(task: TuneTask, tell: Tell) -> StageResult:
         FingerprintMismatch: they were chosen in another space, or on other data.
         TrainingError: no trial came to a loss.
     """
-    set_up(task.threads)
+    compute_on(task.threads)
     fields = tune_fields(task)
     fingerprint = artifacts.fingerprint(fields)
     path = chosen_path(task)
@@ -97,8 +97,7 @@ def tune_task(task: TuneTask, tell: Tell) -> StageResult:
 
 def tune_fields(task: TuneTask) -> dict[str, Json]:
     """Return what a choice depends on."""
-    slides = {slide_id for case in task.cases for slide_id in case.slide_ids}
-    store = FeatureStore.open(task.location, only=slides)
+    store = store_of(task.location, task.cases)
     return {
         "stage": "tune",
         "numerics": NUMERICS,
