@@ -1,8 +1,10 @@
 """Attention over long bags: forward + backward against what torch gives without these operations.
 
-    python benchmarks/bench_attention.py [--record] [--tiles 50000] [--attended 8000] [--threads 2]
+    python benchmarks/bench_attention.py [--record] [--parts pooling linear attention]
+        [--tiles 50000] [--attended 10000 50000] [--rounds 3] [--threads 2]
 
-Each case is first compared with its plain form and aborts where they differ. Eight heads of 64,
+Each case is first compared with its plain form and aborts where they differ (self-attention of more
+than 20,000 tiles, minutes a step, is timed alone). Eight heads of 64,
 float32, one bag unless said. Memory is what the process grew by at its worst, inputs and their
 gradients not counted.
 """
@@ -42,7 +44,7 @@ def memory_now(key: str) -> float:
     return float("nan")
 
 
-def measure(step: Step, leaves: list[Tensor], rounds: int = 3) -> tuple[float, float]:
+def measure(step: Step, leaves: list[Tensor], rounds: int) -> tuple[float, float]:
     """Return the median seconds of forward + backward, and the MiB it needs beside its leaves."""
     seconds, grown = [], []
     for _ in range(rounds):
@@ -58,8 +60,23 @@ def measure(step: Step, leaves: list[Tensor], rounds: int = 3) -> tuple[float, f
     return statistics.median(seconds), statistics.median(grown)
 
 
-def compare(case: str, ours: Step, plain: Step, leaves: list[Tensor]) -> list[Row]:
+def compare(
+    case: str, ours: Step, plain: Step, leaves: list[Tensor], rounds: int = 3, *, check: bool = True
+) -> list[Row]:
     """Return times, their ratio and memory of both, once their gradients agree."""
+    if check:
+        require_same_gradients(case, ours, plain, leaves)
+    (ours_s, ours_mib), (plain_s, plain_mib) = (measure(s, leaves, rounds) for s in (ours, plain))
+    return [
+        Row(case, ours_s, "s"),
+        Row(f"{case}, times as fast as plain", plain_s / ours_s, "×"),
+        Row(f"{case}, memory", ours_mib, "MiB"),
+        Row(f"{case}, memory of plain", plain_mib, "MiB"),
+    ]
+
+
+def require_same_gradients(case: str, ours: Step, plain: Step, leaves: list[Tensor]) -> None:
+    """Refuse to time what is wrong."""
     found = []
     for step in (ours, plain):
         for leaf in leaves:
@@ -71,14 +88,6 @@ def compare(case: str, ours: Step, plain: Step, leaves: list[Tensor]) -> list[Ro
         off = float((mine - other).abs().max() / other.abs().max())
         if off > 1e-4:
             raise SystemExit(f"{case}: gradients differ by {off:.1e}")
-    del found
-    (ours_s, ours_mib), (plain_s, plain_mib) = (measure(s, leaves) for s in (ours, plain))
-    return [
-        Row(case, ours_s, "s"),
-        Row(f"{case}, times as fast as plain", plain_s / ours_s, "×"),
-        Row(f"{case}, memory", ours_mib, "MiB"),
-        Row(f"{case}, memory of plain", plain_mib, "MiB"),
-    ]
 
 
 def leaf(*shape: int, seed: int) -> Tensor:
@@ -151,7 +160,7 @@ def linear(tiles: int) -> list[Row]:
     return compare(case, lambda: linear_attention(*leaves, cu), plain, leaves)
 
 
-def attention(tiles: int) -> list[Row]:
+def attention(tiles: int, rounds: int) -> list[Row]:
     cu = torch.tensor([0, tiles], dtype=torch.int32)
     leaves = [leaf(tiles, HEADS, WIDTH, seed=s) for s in range(3)]
 
@@ -164,6 +173,8 @@ def attention(tiles: int) -> list[Row]:
         lambda: varlen_self_attention(*leaves, cu),
         plain,
         leaves,
+        rounds,
+        check=tiles <= 20_000,
     )
     side = int((1.5 * tiles) ** 0.5)
     places = torch.randperm(side * side, generator=torch.Generator().manual_seed(0))[:tiles]
@@ -171,7 +182,9 @@ def attention(tiles: int) -> list[Row]:
     begin = time.perf_counter()
     near = find_neighbours(grid, cu, NEAR)
     found_s = time.perf_counter() - begin
-    seconds, mib = measure(lambda: varlen_self_attention(*leaves, cu, neighbours=near), leaves)
+    seconds, mib = measure(
+        lambda: varlen_self_attention(*leaves, cu, neighbours=near), leaves, rounds
+    )
     case = f"attention within {NEAR} steps, {tiles:,} tiles"
     return [
         *rows,
@@ -185,18 +198,24 @@ def attention(tiles: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", action="store_true")
+    parts = ("pooling", "linear", "attention")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--tiles", type=int, default=50_000)
-    parser.add_argument("--attended", type=int, default=8_000)
+    parser.add_argument("--attended", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--rounds", type=int, default=3, help="of self-attention")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     avoid_broken_units()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = [
-        *pooling(arguments.tiles),
-        *linear(arguments.tiles),
-        *attention(arguments.attended),
-    ]
+    rows = []
+    if "pooling" in arguments.parts:
+        rows += pooling(arguments.tiles)
+    if "linear" in arguments.parts:
+        rows += linear(arguments.tiles)
+    if "attention" in arguments.parts:
+        for tiles in arguments.attended:
+            rows += attention(tiles, arguments.rounds)
     show(rows)
     if arguments.record:
         record("attention", rows, packages=("torch",))

@@ -56,7 +56,8 @@ def main() -> None:
         rows += packed_rows(name, operation, device, dtype, arguments.sizes == "small")
     recording.show(rows)
     if arguments.record:
-        recording.record("gpu", rows, packages=["torch", "triton"])
+        on = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        recording.record("gpu", rows, packages=["torch", "triton"], on=on)
 
 
 # --- measuring ------------------------------------------------------------------------------

@@ -62,7 +62,14 @@ def main() -> None:
     print(f"float32 products: {float32_policy()[1]}")
     recording.show(rows)
     if arguments.record:
-        recording.record("kernels", rows, packages=["torch", "triton"])
+        on_gpu = device.type == "cuda"
+        recording.record(
+            "kernels_gpu" if on_gpu else "kernels",
+            rows,
+            packages=["torch", "triton"],
+            script=Path(__file__).name,
+            on=torch.cuda.get_device_name(device) if on_gpu else None,
+        )
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -92,15 +92,28 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def record(
-    benchmark: str, rows: Sequence[Row], *, packages: Sequence[str], script: str | None = None
+    benchmark: str,
+    rows: Sequence[Row],
+    *,
+    packages: Sequence[str],
+    script: str | None = None,
+    on: str | None = None,
 ) -> None:
-    """Append the rows to results.csv and rewrite the table in the benchmark's page."""
+    """Append the rows to results.csv and renew them in the table of the benchmark's page.
+
+    Args:
+        benchmark: names the page.
+        rows: what was measured.
+        packages: whose versions count.
+        script: `bench_<benchmark>.py` if None.
+        on: the device; this processor if None.
+    """
     script = script or f"bench_{benchmark}.py"
     versions = "; ".join(
         [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
     )
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    known = (device(), versions, commit(), date)
+    known = (on or device(), versions, commit(), date)
     is_new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
@@ -108,22 +121,37 @@ def record(
             writer.writerow(COLUMNS)
         for row in rows:
             writer.writerow((benchmark, row.case, f"{row.value:.6g}", row.unit, row.target, *known))
+    page = HERE / f"{benchmark}.md"
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    measured = f"{date}, {known[2]}"
+    table = {case: line for case, line in _table_of(old) if case != "case"}
+    table |= {
+        r.case: f"| {r.case} | {r.shown} | {r.unit} | {r.target} | {r.verdict} | {measured} |"
+        for r in rows
+    }
     lines = [
         f"# {benchmark}",
         "",
-        f"`python benchmarks/{script} --record`, {date}, commit {known[2]}.",
-        f"{known[0]}; {versions}.",
+        f"`python benchmarks/{script} --record`. {known[0]}; {versions}.",
         "",
-        "| case | value | unit | target | |",
-        "|---|---:|---|---|---|",
-        *(f"| {r.case} | {r.shown} | {r.unit} | {r.target} | {r.verdict} |" for r in rows),
-        "",
+        "| case | value | unit | target | | measured |",
+        "|---|---:|---|---|---|---|",
+        *table.values(),
     ]
-    page = HERE / f"{benchmark}.md"
     # What people wrote under the table outlives the table.
-    old = page.read_text(encoding="utf-8") if page.exists() else ""
     remarks = old.rsplit("|\n", 1)[-1] if "|\n" in old else "\n"
-    page.write_text("\n".join(lines).rstrip("\n") + "\n" + remarks, encoding="utf-8")
+    page.write_text("\n".join(lines) + "\n" + remarks, encoding="utf-8")
+
+
+def _table_of(page: str) -> Iterator[tuple[str, str]]:
+    """Return the case and the line of each row of a page's table.
+
+    A piece of a benchmark may be measured alone: what else the table says stays, with its date and
+    commit. A case that was renamed is taken out by hand.
+    """
+    for line in page.splitlines():
+        if line.startswith("| "):
+            yield line.split("|")[1].strip(), line
 
 
 def device() -> str:
