@@ -284,7 +284,7 @@ def read_region_mpp(
     target = mpp / require_spacing(slide.info).mpp
     level = choose_level([level.downsample for level in slide.info.levels], target)
     downsample = slide.info.levels[level].downsample
-    return _read_resized(
+    return read_resized(
         slide,
         level,
         (corner_lv(x_l0, downsample), corner_lv(y_l0, downsample)),
@@ -308,17 +308,28 @@ def thumbnail(slide: Slide, *, longest_px: int = 1024) -> NDArray[np.uint8]:
     level = choose_level([level.downsample for level in info.levels], target)
     stored = info.levels[level]
     size_px = (max(1, round(info.width_l0 / target)), max(1, round(info.height_l0 / target)))
-    return _read_resized(slide, level, (0, 0), (stored.width_px, stored.height_px), size_px)
+    return read_resized(slide, level, (0, 0), (stored.width_px, stored.height_px), size_px)
 
 
-def _read_resized(
+def read_resized(
     slide: Slide,
     level: int,
     corner: tuple[int, int],
     size_lv: tuple[int, int],
     size_px: tuple[int, int],
 ) -> NDArray[np.uint8]:
-    """Read a rectangle of a level and resize it, both sizes as (width, height)."""
+    """Read a rectangle of a level and resize it, a strip at a time where it is large.
+
+    Args:
+        slide: an open slide.
+        level: the stored level to read.
+        corner: the rectangle's left and top in the level's pixels.
+        size_lv: its width and height there.
+        size_px: width and height of the result.
+
+    Raises:
+        ReadError: pixels could not be decoded.
+    """
     import numpy as np
 
     (x_lv, y_lv), (width_lv, height_lv) = corner, size_lv

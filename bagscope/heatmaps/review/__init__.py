@@ -1,0 +1,1 @@
+"""The review page: a run, slide by slide, for a pathologist to look at."""
