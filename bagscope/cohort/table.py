@@ -101,10 +101,11 @@ def missing_paths(cohort: Cohort) -> list[SlideRow]:
     return [row for row in cohort.rows if not row.path.exists()]
 
 
-def write_cohort_csv(cohort: Cohort, path: Path) -> None:
+def write_cohort_csv(cohort: Cohort, path: Path, *, also: Iterable[str] = ()) -> None:
     """Write a cohort as CSV, with slide paths relative to it where that is possible.
 
-    Columns of which no row makes use are left out. Reading it back gives the same rows.
+    Columns of which no row makes use are left out, but for those named in `also`. Reading it back
+    gives the same rows.
     """
     folder = path.parent.absolute()
     columns = {
@@ -121,6 +122,8 @@ def write_cohort_csv(cohort: Cohort, path: Path) -> None:
     }
     for name in cohort.columns:
         used[name] = [row.columns.get(name, "") for row in cohort.rows]
+    for name in also:
+        used.setdefault(name, [""] * len(cohort.rows))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(used)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,26 @@ from bagscope.errors import ArtifactError, ConfigError
 from bagscope.features.extraction import ExtractSpec
 from bagscope.mil.splits.plan import SplitSpec
 from bagscope.mil.targets import TargetSpec
+from bagscope.pipeline.study_template import study_template
 from bagscope.specs import Spec, parse_spec
 from bagscope.wsi.tiling import TilingSpec, tiling_name
 
 STUDY_NAME = "study.yaml"
 COHORT_NAME = "cohort.csv"
-_TARGETS = (
-    "targets: []  # what models are to predict; with lines such as these, run goes on to train:",
-    "#  - {column: label}  # classes; with task: ordinal, multilabel or regression, those",
-    "#  - {task: survival, time: days, event: died}",
+_HEAD = (
+    "The settings of this study; `bagscope run` works through all of it.",
+    "A line such as #mpp: 0.5 states a default. To set it, take the # away and change the value.",
+    "Names that there are not are refused. What was set stands in every result.",
 )
+_TITLES = {
+    "tiling": "How slides are cut into tiles. Keep to the pixel size that the encoder is made for.",
+    "features": "What turns a tile into numbers. `bagscope encoders list` names all and licences.",
+    "targets": "What models are to predict. With a target, `bagscope run` trains them too.\n"
+    "Survival needs time and event, every other task a column.",
+    "splits": "Who is learnt from and who is tested on: always whole patients.",
+    "train": "Which model is trained on each fold.",
+    "run": "How the work is shared out. Nothing here changes a result.",
+}
 
 
 class RunSpec(Spec):
@@ -125,7 +135,7 @@ def open_study(folder: Path, overrides: Mapping[str, Mapping[str, Any]] | None =
             f"{folder}: no study here; make one with bagscope init {folder} --slides SLIDES"
         )
     path = folder / STUDY_NAME
-    values = read_yaml(path) if path.exists() else {}
+    values = _read_study_yaml(path) if path.exists() else {}
     for section, options in (overrides or {}).items():
         given = {name: value for name, value in options.items() if value is not None}
         if given:
@@ -143,15 +153,32 @@ def open_study(folder: Path, overrides: Mapping[str, Mapping[str, Any]] | None =
     return study
 
 
-def init_study(folder: Path, source: str, *, labels: Path | None = None) -> tuple[Study, Cohort]:
+def init_study(
+    folder: Path,
+    source: str,
+    *,
+    labels: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    to_fill: Sequence[str] = (),
+) -> tuple[Study, Cohort]:
     """Make a study folder from a table, a folder or a glob of slides.
 
-    A study that is already there is kept when it holds the same cohort.
+    A study that is already there is kept as it is when it holds the same cohort and settings.
+
+    Args:
+        folder: of the study.
+        source: of the slides.
+        labels: a clinical table to join.
+        settings: of study.yaml, nested, over the defaults.
+        to_fill: columns that the table gets though nothing stands in them yet.
 
     Raises:
-        ConfigError: the folder holds a study of another cohort, or can't be written.
+        ConfigError: the folder holds a study of another cohort or with other settings, a setting
+            does not fit, or the folder can't be written.
     """
     cohort = load_cohort(source, labels=labels)
+    given = settings or {}
+    parse_spec(StudySpec, given, where="options")
     path = folder / COHORT_NAME
     if path.exists():
         existing = load_cohort(path)
@@ -160,15 +187,31 @@ def init_study(folder: Path, source: str, *, labels: Path | None = None) -> tupl
                 f"{path}: holds {len(existing.rows)} slides that are not the {len(cohort.rows)} of "
                 f"{source}; choose another study folder, or edit the table"
             )
+    if (folder / STUDY_NAME).exists():
+        _require_set(folder / STUDY_NAME, given)
     try:
         if not path.exists():
-            write_cohort_csv(cohort, path)
+            write_cohort_csv(cohort, path, also=to_fill)
         # An earlier init may have been killed between the two.
         if not (folder / STUDY_NAME).exists():
-            artifacts.write_text(folder / STUDY_NAME, _template())
+            artifacts.write_text(folder / STUDY_NAME, _template(given))
     except ArtifactError as error:
         raise ConfigError(str(error)) from error
     return open_study(folder), cohort
+
+
+def _require_set(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a study.yaml does not have: its edits are the user's own."""
+    there = _read_study_yaml(path)
+    found = parse_spec(StudySpec, there, where=str(path))
+    for section, own in settings.items():
+        wanted = {**there.get(section, {}), **own} if isinstance(own, Mapping) else own
+        asked = parse_spec(StudySpec, {**there, section: wanted}, where="options")
+        if getattr(found, section) != getattr(asked, section):
+            raise ConfigError(
+                f"{path}: is there already, with another {section}; init changes no study.yaml, "
+                "edit it yourself"
+            )
 
 
 def _slides_of(cohort: Cohort) -> list[tuple[str, str]]:
@@ -176,31 +219,22 @@ def _slides_of(cohort: Cohort) -> list[tuple[str, str]]:
     return [(row.slide_id, os.path.normpath(row.path)) for row in cohort.rows]
 
 
-def _template() -> str:
-    """Return a study.yaml that states every option, its default and its meaning."""
-    lines = [f"cohort: {COHORT_NAME}"]
-    blocks: tuple[tuple[str, type[Spec], Collection[str]], ...] = (
-        ("tiling", TilingSpec, TilingSpec.model_fields),
-        ("features", ExtractSpec, ExtractSpec.model_fields),
-        # The other options belong to one method or another, and would be refused beside this one.
-        ("splits", SplitSpec, ("method", "folds", "val_share", "seed")),
-        ("train", RecipeSpec, RecipeSpec.model_fields),
-        ("run", RunSpec, RunSpec.model_fields),
+def _template(settings: Mapping[str, Any]) -> str:
+    """Return a study.yaml that states every setting, its default and its meaning."""
+    from bagscope.pipeline.recipes import recipe_names
+
+    return study_template(
+        StudySpec,
+        head=_HEAD,
+        titles=_TITLES,
+        choices={"train.recipe": recipe_names()},
+        settings={"cohort": COHORT_NAME, **settings},
     )
-    for section, kind, names in blocks:
-        if section == "splits":
-            lines += ["", *_TARGETS]
-        lines += ["", f"{section}:"]
-        for name in names:
-            field = kind.model_fields[name]
-            value = field.get_default()
-            if isinstance(value, Spec):
-                value = value.model_dump(mode="json")
-            elif isinstance(value, tuple):
-                value = list(value)
-            text = yaml.safe_dump(value, default_flow_style=True, width=200).splitlines()[0]
-            lines.append(f"  {f'{name}: {text}':<28}  # {field.description}")
-    return "\n".join(lines) + "\n"
+
+
+def _read_study_yaml(path: Path) -> dict[str, Any]:
+    # A block with nothing in it, as `init` writes it, is all defaults.
+    return {name: value for name, value in read_yaml(path).items() if value is not None}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

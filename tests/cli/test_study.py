@@ -1,4 +1,4 @@
-"""`init`, `run`, `doctor`, `demo`, and what is wrong with tables."""
+"""What is wrong with studies and tables; `doctor`, `demo`."""
 
 from __future__ import annotations
 
@@ -9,48 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from bagscope.mil.splits.plan import SplitSpec
-from bagscope.pipeline.study import open_study
-from bagscope.specs import Spec
-from tests.cli.conftest import Ran, files_of, leftovers
+from tests.cli.conftest import Ran, leftovers
 
 Command = Callable[..., Ran]
-
-
-def test_a_new_study_states_every_option_at_its_default(
-    bagscope: Command, slides: Path, tmp_path: Path
-) -> None:
-    study = tmp_path / "study"
-    ran = bagscope("init", study, "--slides", slides)
-    assert ran.code == 0
-    assert "3 slides" in ran.out
-    values = yaml.safe_load((study / "study.yaml").read_text())
-    assert values["targets"] == []
-    assert set(values["splits"]) == {"method", "folds", "val_share", "seed"}
-    assert open_study(study).spec.splits == SplitSpec()
-    for section in ("tiling", "features", "train", "run"):
-        spec: Spec = getattr(open_study(study).spec, section)
-        assert set(values[section]) == set(type(spec).model_fields)
-        assert spec == type(spec)()
-
-
-def test_init_again_is_harmless_and_another_cohort_is_refused(
-    bagscope: Command, slides: Path, tmp_path: Path
-) -> None:
-    study = tmp_path / "study"
-    bagscope("init", study, "--slides", slides)
-    before = files_of(study)
-    assert bagscope("init", study, "--slides", slides).code == 0
-    assert files_of(study) == before
-    (study / "study.yaml").unlink()  # as a kill in the middle of init leaves it
-    assert bagscope("init", study, "--slides", slides).code == 0
-    assert files_of(study) == before
-    (slides / "c.svs").unlink()
-    ran = bagscope("init", study, "--slides", slides)
-    assert ran.code == 2
-    assert "holds 3 slides that are not the 2" in ran.err
 
 
 def test_an_option_on_the_command_line_wins_over_the_study(
@@ -109,34 +71,6 @@ def test_a_table_that_does_not_fit_is_refused(
     assert ran.code == 2
     assert message in ran.err
     assert not (tmp_path / "study").exists()
-
-
-def test_run_does_what_the_study_says(bagscope: Command, slides: Path, tmp_path: Path) -> None:
-    study = tmp_path / "study"
-    bagscope("init", study, "--slides", slides)
-    (study / "study.yaml").write_text(
-        "tiling: {mpp: 1.0, tile_px: 128, coarser_mpp: [2.0]}\n"
-        "features: {encoders: [color-texture]}\n"
-    )
-    ran = bagscope("run", study)
-    assert ran.code == 0
-    made = sorted(p.relative_to(study).as_posix() for p in study.rglob("a.h5"))
-    assert made == [
-        "features/1.00mpp_128px/color-texture/a.h5",
-        "tilings/1.00mpp_128px/a.h5",
-        "tilings/2.00mpp_128px_over_1.00mpp/a.h5",
-    ]
-
-
-def test_slurm_prints_a_script_that_bash_accepts(
-    bagscope: Command, slides: Path, tmp_path: Path
-) -> None:
-    study = tmp_path / "a study"
-    bagscope("init", study, "--slides", slides)
-    ran = bagscope("run", study, "--slurm", "--shards", 5)
-    assert ran.code == 0
-    assert "#SBATCH --array=1-5" in ran.out
-    subprocess.run(["bash", "-n"], input=ran.out, text=True, check=True)
 
 
 def test_doctor_speaks_json_and_stays_offline(bagscope: Command) -> None:
