@@ -130,11 +130,11 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
         ConfigError: no scores there, or options that do not fit them.
     """
     _require_known_formats(request.formats)
-    study, name = _study_of(request)
-    files, notes = _score_files(request)
+    study, name = study_of(request.place, request.workers)
+    files, notes = score_files(request.place)
     wanted = _wanted(request.slides, tuple(files))
     first = next(iter(files.values()))
-    task = _task_of(request.place, study)
+    task = task_of(request.place, study)
     scale = require_scale(request.scale, first.score_kind, task)
     captions = read_captions(request.place / "predictions.csv")
     columns = {
@@ -220,26 +220,34 @@ def _require_known_formats(formats: Sequence[str]) -> None:
         raise ConfigError(f"--formats names none; choose of {', '.join(FORMATS)}")
 
 
-def _study_of(request: HeatmapRequest) -> tuple[Study | None, str]:
-    """Return the study that a run or a prediction lies in, and the name of its heatmaps."""
-    place = request.place.resolve()
+def study_of(place: Path, workers: int | None = None) -> tuple[Study | None, str]:
+    """Return the study that a run or a prediction lies in, and what is made of it is called by.
+
+    Raises:
+        ConfigError: no such folder.
+    """
     if not place.is_dir():
-        raise ConfigError(f"{request.place}: no such folder; name a run, or a prediction")
+        raise ConfigError(f"{place}: no such folder; name a run, or a prediction")
+    place = place.resolve()
     for above, name in (
         (place.parents[1], place.name),
         # A model's answers about two cohorts, and its own run, are three sets of heatmaps.
         (place.parents[min(2, len(place.parents) - 1)], f"{place.parent.name}.{place.name}"),
     ):
         if (above / STUDY_NAME).exists() or (above / COHORT_NAME).exists():
-            return open_study(above, {"run": {"workers": request.workers}}), name
+            return open_study(above, {"run": {"workers": workers}}), name
     return None, place.name
 
 
-def _score_files(request: HeatmapRequest) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
-    """Return the readable score files by slide; one that is not fails by itself when drawn."""
+def score_files(place: Path) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
+    """Return the readable score files of a run or a prediction by slide, and what others lack.
+
+    Raises:
+        ConfigError: there is none, or they are of different models.
+    """
     from bagscope.mil.score_file import read_score_file
 
-    folder = request.place / SCORES_NAME
+    folder = place / SCORES_NAME
     paths = sorted(folder.glob("[!.]*.h5"))
     if not paths:
         raise ConfigError(
@@ -266,7 +274,7 @@ def _wanted(slides: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(slides)) or tuple(there)
 
 
-def _task_of(place: Path, study: Study | None) -> str | None:
+def task_of(place: Path, study: Study | None) -> str | None:
     """Return the task of the model's only target, None where that can't be known."""
     from bagscope.mil.bundle import BUNDLE_NAME, DESCRIPTION_NAME
 
