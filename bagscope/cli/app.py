@@ -18,6 +18,7 @@ from bagscope.cli.demo import demo
 from bagscope.cli.doctor import doctor
 from bagscope.cli.encoders import encoders
 from bagscope.cli.evaluate import evaluate
+from bagscope.cli.explain import explain
 from bagscope.cli.extract import extract
 from bagscope.cli.heatmap import heatmap
 from bagscope.cli.init import init
@@ -67,6 +68,7 @@ for verb in (
     compare,
     predict,
     heatmap,
+    explain,
     convert,
     verify,
     run,
