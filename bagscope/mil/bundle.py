@@ -207,6 +207,7 @@ def _described(member: Member) -> dict[str, Json]:
         "temperatures": dict(member.temperatures),
         "uncalibrated": dict(member.uncalibrated),
         "thresholds": dict(member.thresholds),
+        "unchosen": dict(member.unchosen),
         "seed": member.seed,
         "epoch": member.epoch,
         "ood_false_alarm_rate": None if member.ood is None else member.ood.false_alarm_rate,

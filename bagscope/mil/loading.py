@@ -76,7 +76,9 @@ def plan_epoch(
         seed: of the run.
         epoch: from 0.
         weights: (n,) with which cases are drawn, with replacement; all come once where None.
-        whole_steps: never cut a step into several batches (a loss that compares bags).
+        whole_steps: never cut a step into several batches, and leave no step smaller than asked
+            for (a loss that compares bags, which one bag alone teaches nothing): bags that are left
+            over join the others.
     """
     generator = np.random.default_rng([seed, epoch, 0])
     count = len(lengths)
@@ -86,7 +88,10 @@ def plan_epoch(
         order = generator.choice(count, count, p=weights / weights.sum())
     shown = lengths if spec.sample_tiles is None else np.minimum(lengths, spec.sample_tiles)
     size = spec.bags_per_step
-    groups = [order[begin : begin + size] for begin in range(0, count, size)]
+    if whole_steps:
+        groups = np.array_split(order, max(1, count // size))
+    else:
+        groups = [order[begin : begin + size] for begin in range(0, count, size)]
     budget = None if whole_steps else spec.batch_tiles
     return [
         Step(number=epoch * len(groups) + place, batches=pack(group, shown, budget))

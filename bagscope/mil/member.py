@@ -29,6 +29,7 @@ from bagscope.mil.sources import BagSource
 from bagscope.mil.statistics import FeatureStatistics, Scale, scale_of
 from bagscope.mil.targets import TargetSpec
 from bagscope.mil.training.optimisation import Weights
+from bagscope.mil.versions import versions
 from bagscope.specs import parse_spec
 
 WEIGHTS_NAME = "member.safetensors"
@@ -138,6 +139,7 @@ def save_member(member: Member, folder: Path) -> str:
         "fields": dict(member.fields),
         "fingerprint": artifacts.fingerprint(member.fields),
         "weights_sha256": digest,
+        "versions": versions(),
     }
     artifacts.write_json(folder / FACTS_NAME, facts)
     return digest

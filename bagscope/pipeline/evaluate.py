@@ -7,8 +7,6 @@ Nothing is trained here but the baselines, on the same sides of the same splits,
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bagscope import __version__, artifacts
+from bagscope import artifacts
 from bagscope.artifacts import Json
 from bagscope.errors import ArtifactError, ConfigError, SchemaError
 from bagscope.mil.baseline_table import BaselineAnswers, read_baselines, write_baselines
@@ -34,6 +32,7 @@ from bagscope.mil.report.results import FoldFacts, Rival, RunResult, TargetResul
 from bagscope.mil.report.survival_figures import risk_groups, survival_figures
 from bagscope.mil.sources import StoreSource
 from bagscope.mil.splits.plan import SplitPlan
+from bagscope.mil.versions import versions
 from bagscope.pipeline.finished_run import FinishedRun, changed_labels, read_run
 from bagscope.pipeline.study import COHORT_NAME, Study, open_study
 from bagscope.pipeline.train_data import find_features
@@ -48,7 +47,6 @@ REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
 NUMERICS = 1
 """Raised by hand, with a changelog line, when the same predictions give other numbers."""
-_PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,12 +213,6 @@ def fold_facts(plan: SplitPlan) -> tuple[FoldFacts, ...]:
         )
         for split in plan.splits
     )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes numbers."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"bagscope": __version__, "python": platform.python_version(), **found}
 
 
 def _cohort_of(run: FinishedRun, features: str | None) -> _Cohort:

@@ -22,7 +22,8 @@ from bagscope.mil.evaluation.bootstrap import RESAMPLES
 from bagscope.mil.evaluation.scoring import score, subgroups
 from bagscope.mil.report.results import MemberFacts, RunResult, TargetResult
 from bagscope.mil.report.survival_figures import risk_groups
-from bagscope.pipeline.evaluate import NUMERICS, EvaluateResult, versions, write_evaluation
+from bagscope.mil.versions import versions
+from bagscope.pipeline.evaluate import NUMERICS, EvaluateResult, write_evaluation
 from bagscope.pipeline.predict import PlannedPrediction, PredictRequest, plan_prediction, predict
 
 METHOD = "external"

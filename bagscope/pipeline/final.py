@@ -1,14 +1,16 @@
 """The final model: refitted on every labelled patient, once the folds have said for how long.
 
 It is trained for the median of the members' best epochs (the higher of two in the middle), on the
-recipe's learning rates for all of its epochs, without an inner validation part; the last weights
-are kept. Where members were tuned, recipe and epochs are those that most of them came to. Its
-temperature and threshold are fitted on the members' pooled out-of-fold logits: each patient's are
-of members that never saw it. No figure of the run is measured on this model.
+recipe's learning rates for all of its epochs, without an inner validation part (of plateau, which
+watches one, on the median of what it left the members in each epoch); the last weights are kept.
+Where members were tuned, recipe and epochs are those that most of them came to. Its temperature and
+threshold are fitted on the members' pooled out-of-fold logits: each patient's are of members that
+never saw it. No figure of the run is measured on this model.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import statistics
 from collections import Counter
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bagscope.mil.cases import Case
+from bagscope.mil.recipe import OptimiserSpec
 
 if TYPE_CHECKING:
     from bagscope.pipeline.train import MemberTask, PlannedRun
@@ -74,5 +77,23 @@ def final_task(planned: PlannedRun, cases: Sequence[Case]) -> MemberTask:
         # It follows from the members: one that was made of others is out of date.
         overwrite=first.overwrite or not is_current(planned),
         stop_after=statistics.median_high(epochs),
+        plateau=_plateau([task.folder for task in alike], first.recipe.optimiser),
         out_of_fold=tuple(planned.tests.values()),
+    )
+
+
+def _plateau(members: Sequence[Path], spec: OptimiserSpec) -> tuple[float, ...]:
+    """Return the median of what plateau left of the members' learning rate in each epoch."""
+    from bagscope.mil.training.trainer import METRICS_NAME
+
+    if spec.schedule != "plateau":
+        return ()
+    rates = []
+    for folder in members:
+        with (folder / METRICS_NAME).open(encoding="utf-8", newline="") as handle:
+            rates.append([float(row["lr"]) for row in csv.DictReader(handle)])
+    epochs = range(max(map(len, rates)))
+    return tuple(
+        statistics.median(own[epoch] for own in rates if epoch < len(own)) / spec.lr
+        for epoch in epochs
     )

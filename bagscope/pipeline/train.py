@@ -38,7 +38,7 @@ STAGE, TEST_STAGE = "train", "test"
 CONFIG_NAME = "config.yaml"
 SPLITS_NAME = "splits.csv"
 PREDICTIONS_NAME = "predictions.csv"
-NUMERICS = 1
+NUMERICS = 2
 """Raised by hand, with a changelog line, when training comes to other numbers."""
 WORKER_MODULES = ("bagscope.pipeline.train_worker",)
 
@@ -91,6 +91,7 @@ class MemberTask:
         location: of the feature store.
         threads: that it computes with; they may change the last bits, so all members have as many.
         stop_after: epochs after which training ends; None for the recipe's own.
+        plateau: of the final model alone: what the members' schedule left of the learning rate.
         out_of_fold: of the final model alone, which learns from all: what its temperature and
             threshold are fitted on.
     """
@@ -106,6 +107,7 @@ class MemberTask:
     threads: int
     overwrite: bool
     stop_after: int | None = None
+    plateau: tuple[float, ...] = ()
     out_of_fold: tuple[TestTask, ...] = ()
 
 
@@ -350,6 +352,7 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
             status_dir=study.status_folder,
             options=options,
             report=report,
+            on_message=_listener(f"{TEST_STAGE}/{planned.folder.name}", report),
         )
         is_complete = not trained.exit_code and not tested.exit_code
         is_complete &= len(finished) == len(planned.members)
@@ -469,6 +472,8 @@ def _listener(
     from bagscope.mil.training.history import Epoch
 
     def on_message(name: str, message: bytes) -> None:
+        if not message:  # a sign of life, no news
+            return
         facts = json.loads(message)
         history = [Epoch(**values) for values in facts.pop("history")]
         if tracking is not None and history:

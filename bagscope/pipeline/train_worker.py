@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -24,7 +26,7 @@ from bagscope.mil.cases import Case, slides_of
 from bagscope.mil.member import FACTS_NAME, WEIGHTS_NAME, load_member, read_facts, save_member
 from bagscope.mil.ood import reference_of
 from bagscope.mil.prediction_table import predictions_csv
-from bagscope.mil.sources import StoreSource
+from bagscope.mil.sources import CaseBag, Rows, StoreSource
 from bagscope.mil.training.finishing import finish
 from bagscope.mil.training.history import Epoch
 from bagscope.mil.training.monitoring import METRICS
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 TESTED_NAME = "tested.json"
 """Beside a member's test predictions: what they were made of, and their hash."""
+_SIGN_OF_LIFE_S = 10.0
+# Bags are read in a thread of their own, and a channel takes one message at a time.
+_CHANNEL = threading.Lock()
 
 
 def train_task(name: str, task: MemberTask) -> StageResult:
@@ -46,8 +51,8 @@ def train_task(name: str, task: MemberTask) -> StageResult:
     """
     compute_on(task.threads)
     store = store_of(task.location, (*task.train, *task.inner))
-    train = StoreSource(store, task.train)
-    inner = StoreSource(store, task.inner) if task.inner else None
+    train = _ToldSource(store, task.train)
+    inner = _ToldSource(store, task.inner) if task.inner else None
     fields = member_fields(task, fingerprints_in(store))
     fingerprint = artifacts.fingerprint(fields)
     made = None if task.overwrite else read_facts(task.folder)
@@ -82,6 +87,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
         folder=task.folder,
         fingerprint=fingerprint,
         stop_after=task.stop_after,
+        plateau=task.plateau,
         on_epoch=tell,
     )
     trained = trainer.run()
@@ -113,7 +119,7 @@ def test_task(name: str, task: TestTask) -> StageResult:
     """Predict the test fold of a finished member, or find it predicted."""
     compute_on(task.threads)
     store = store_of(task.location, task.cases)
-    source = StoreSource(store, task.cases)
+    source = _ToldSource(store, task.cases)
     path = task.folder / PREDICTIONS_NAME
     fields = tested_fields(task, fingerprints_in(store))
     is_made = _is_tested(task.folder, fields)
@@ -188,6 +194,8 @@ def member_fields(task: MemberTask, fingerprint_of: Callable[[str], str]) -> dic
     }
     if task.stop_after is not None:
         fields["stop_after"] = task.stop_after
+    if task.plateau:
+        fields["plateau"] = list(task.plateau)
     if task.out_of_fold:
         fields["calibrated_by"] = {
             test.folder.name: artifacts.sha256_of_file(test.folder / FACTS_NAME)
@@ -234,6 +242,24 @@ def described(cases: Sequence[Case], fingerprint_of: Callable[[str], str]) -> di
     }
 
 
+class _ToldSource(StoreSource):
+    """A source whose reading is a sign of life: an epoch of a large cohort may take hours."""
+
+    _heard_s = -math.inf
+
+    def read(self, index: int, rows: Rows | None = None) -> CaseBag:
+        """Return a case's bag, and say so now and then."""
+        if time.monotonic() > _ToldSource._heard_s + _SIGN_OF_LIFE_S:
+            _ToldSource._heard_s = time.monotonic()
+            _say(b"")
+        return super().read(index, rows)
+
+
+def _say(message: bytes) -> None:
+    with _CHANNEL:
+        worker.tell(message)
+
+
 def _forget(folder: Path, fingerprint: str) -> None:
     """Remove a member that is to be trained anew, and the state of another training."""
     facts = read_facts(folder)
@@ -273,7 +299,7 @@ def _tell(task: MemberTask, epoch: Epoch, began_s: float, new: Sequence[Epoch]) 
         "seconds": seconds,
         "history": [one.plain() for one in new],
     }
-    worker.tell(json.dumps(facts).encode())
+    _say(json.dumps(facts).encode())
 
 
 def _number(value: float) -> float | None:

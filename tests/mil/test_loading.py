@@ -60,6 +60,18 @@ def test_the_budget_counts_the_tiles_that_are_sampled() -> None:
     assert [len(batch) for batch in whole.batches] == [8]
 
 
+@given(st.integers(1, 200), st.integers(1, 20))
+def test_where_bags_are_compared_none_is_left_over(count: int, size: int) -> None:
+    spec = BagSpec(bags_per_step=size, batch_tiles=1)
+    steps = plan_epoch(np.ones(count, int), spec, seed=0, epoch=2, whole_steps=True)
+    shown = [place for step in steps for batch in step.batches for place in batch]
+    assert sorted(shown) == list(range(count))
+    assert [step.number for step in steps] == [2 * len(steps) + i for i in range(len(steps))]
+    assert all(len(step.batches) == 1 for step in steps)
+    assert min(step.size for step in steps) >= min(size, count)
+    assert max(step.size for step in steps) < 2 * max(size, 1) or len(steps) == 1
+
+
 def test_weights_say_how_often_a_case_comes() -> None:
     weights = np.array([1.0, 0.0, 3.0])
     counts = np.zeros(3)

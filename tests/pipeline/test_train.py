@@ -24,7 +24,7 @@ from bagscope.mil.member import Member
 from bagscope.mil.sources import BagSource
 from bagscope.mil.splits.plan import SplitSpec
 from bagscope.mil.targets import TargetSpec
-from bagscope.pipeline import bundle, train
+from bagscope.pipeline import bundle, train, train_worker
 from bagscope.pipeline.finished_run import read_run
 from bagscope.pipeline.run_folder import alone_at_the_end
 from bagscope.pipeline.study import RunSpec, Study, available_cores, open_study
@@ -266,6 +266,41 @@ def test_members_are_dealt_to_the_gpus_with_a_worker_for_each(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert devices("cuda") == ["cuda"] * FOLDS
     assert worker_count(by_itself, "cuda") == 1
+
+
+def test_a_final_model_repeats_what_plateau_left_the_members(folder: Path) -> None:
+    settings = {
+        **SMALL,
+        "optimiser": {"schedule": "plateau", "plateau_patience": 1, "lr": 0.5},
+        "training": {**SMALL["training"], "epochs": 6, "checkpoint": "last"},
+    }
+    run = trained(folder, settings=settings, final=True).folder
+    rates = {
+        path.parent.name: [
+            float(row["lr"]) for row in csv.DictReader(path.read_text().splitlines())
+        ]
+        for path in run.glob("*/metrics.csv")
+    }
+    final = rates.pop("final")
+    assert min(map(min, rates.values())) < 0.5
+    assert final == [sorted(of_epoch)[1] for of_epoch in zip(*rates.values(), strict=True)]
+
+
+def test_reading_is_a_sign_of_life_that_is_no_news(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bytes] = []
+    monkeypatch.setattr(worker, "tell", heard.append)
+    monkeypatch.setattr(train_worker, "_SIGN_OF_LIFE_S", -1.0)
+    run = trained(folder).folder
+    news = [message for message in heard if message]
+    assert len(news) == FOLDS  # an epoch of each
+    assert len(heard) > 5 * FOLDS
+    listen = train._listener("train/abmil", SilentReporter())
+    for message in heard:
+        listen("member", message)
+    facts = json.loads((run / "fold_r0_f0_s0" / "member.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
 def test_a_fold_is_predicted_again_only_where_something_changed(

@@ -122,6 +122,7 @@ class Trainer:
         folder: Path | None = None,
         fingerprint: str = "",
         stop_after: int | None = None,
+        plateau: Sequence[float] = (),
         on_epoch: Callable[[Epoch], None] = lambda _: None,
     ) -> None:
         """Prepare a training.
@@ -137,6 +138,8 @@ class Trainer:
             fingerprint: of all that the training depends on; a state of another one is refused.
             stop_after: epochs after which training ends, on the recipe's learning rates for all of
                 its epochs; all of them if None.
+            plateau: what the schedule of this name leaves of the learning rate in each epoch, for a
+                training without an inner part; all of it if empty.
             on_epoch: is told of every epoch.
 
         Raises:
@@ -150,6 +153,7 @@ class Trainer:
         self._device = torch.device(device)
         self._folder = folder
         self._fingerprint = fingerprint
+        self._plateau = tuple(plateau)
         self._on_epoch = on_epoch
         spec = recipe.training
         self._epochs = spec.epochs if stop_after is None else min(stop_after, spec.epochs)
@@ -220,6 +224,8 @@ class Trainer:
         )
 
     def _one_epoch(self, number: int) -> Epoch:
+        if self._plateau:
+            self._schedule.factor = self._plateau[min(number, len(self._plateau) - 1)]
         began_s = time.perf_counter()
         steps = self._plan(number)
         how = Presentation(

@@ -169,6 +169,23 @@ def test_without_an_inner_part_all_epochs_are_trained_and_the_last_kept() -> Non
     assert math.isnan(found.history[-1].validation_loss)
 
 
+def test_a_plateau_is_repeated_where_there_is_nothing_to_watch(tmp_path: Path) -> None:
+    recipe = made_recipe(optimiser={"schedule": "plateau"})
+    left = (1.0, 1.0, 0.5, 0.25)
+    how: dict[str, Any] = {"seed": 0, "stop_after": 4, "plateau": left}
+    whole = Trainer(recipe, [TARGET], made_source(8), None, **how).run()
+    assert [epoch.lr for epoch in whole.history] == [recipe.optimiser.lr * one for one in left]
+    # Another process goes on at the rate of the epoch that it comes to.
+    first = Trainer(
+        recipe, [TARGET], made_source(8), None, folder=tmp_path, **{**how, "stop_after": 2}
+    )
+    first.run()
+    again = Trainer(recipe, [TARGET], made_source(8), None, folder=tmp_path, **how).run()
+    assert [epoch.lr for epoch in again.history] == [epoch.lr for epoch in whole.history]
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, again.weights[name])
+
+
 def test_an_inner_part_that_defines_no_metric_chooses_nothing() -> None:
     source = made_source(12, seed=2, name="v")
     of_one_class = ArraySource(
