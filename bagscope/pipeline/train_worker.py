@@ -52,7 +52,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
     compute_on(task.threads)
     store = store_of(task.location, (*task.train, *task.inner))
     train = _ToldSource(store, task.train)
-    inner = _ToldSource(store, task.inner) if task.inner else None
+    inner: StoreSource | None = _ToldSource(store, task.inner) if task.inner else None
     fields = member_fields(task, fingerprints_in(store))
     fingerprint = artifacts.fingerprint(fields)
     made = None if task.overwrite else read_facts(task.folder)
