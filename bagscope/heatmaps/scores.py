@@ -24,7 +24,7 @@ from bagscope.heatmaps.choices import ScaleName
 from bagscope.specs import did_you_mean
 
 if TYPE_CHECKING:
-    from bagscope.mil.bags import PoolingTerms, ScoreKind
+    from bagscope.mil.bags import ScoreKind
 
 Array = NDArray[np.float64]
 
@@ -167,21 +167,6 @@ def disagreement(each: NDArray[np.floating]) -> Array:
         return np.full(members.shape[1], np.nan)
     spread: Array = members.std(axis=0, ddof=1)
     return spread
-
-
-def contributions(terms: PoolingTerms, bag_lengths: Sequence[int]) -> Array:
-    """Return what each tile adds to each class's logit: (T, C); with the bias they add up to it."""
-    scores = terms.scores.detach().double().cpu().numpy()
-    values = terms.values.detach().double().cpu().numpy()
-    added = np.empty((len(scores), values.shape[2]))
-    start = 0
-    for length in bag_lengths:
-        bag = np.s_[start : start + length]
-        weights = np.exp(scores[bag] - scores[bag].max(axis=0, initial=-np.inf))
-        weights /= weights.sum(axis=0)
-        added[bag] = np.einsum("tk,tkc->tc", weights, values[bag])
-        start += length
-    return added
 
 
 def _column_of(scores: NDArray[np.floating], kind: ScoreKind, column: Column) -> Array:

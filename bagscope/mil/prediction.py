@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,16 @@ from numpy.typing import NDArray
 from scipy import special
 
 from bagscope.errors import ArtifactError
-from bagscope.mil.bags import ScoreKind
+from bagscope.mil.aggregators.registry import Aggregator
+from bagscope.mil.bags import Bags, ScoreKind
 from bagscope.mil.cases import Case
+from bagscope.mil.explain.contributions import contributions, whole_terms
+from bagscope.mil.explain.members import joint_pool, joint_threshold, tiles_at_a_time
+from bagscope.mil.explain.pools import AttentionPool, PackedPool, Pool, attention_terms
+from bagscope.mil.explain.question import member_question
 from bagscope.mil.inference import outputs
 from bagscope.mil.member import Member
+from bagscope.mil.objectives.fitted import FittedObjective
 from bagscope.mil.ood import moments_of, ood_distance
 from bagscope.mil.prediction_table import target_columns
 from bagscope.mil.sources import BagSource, CaseBag, Rows
@@ -38,15 +44,24 @@ class Answer:
         embedding: (members, E); NaN beyond the width of a member that was tuned to a smaller one.
         ood_distance: (members,) in units of each member's limit; NaN where unknown.
         scores: (n, K) float32, the mean over the members (see `mean_scores`).
+        member_scores: (members, n, K) float32, what that is the mean of (see `alike_scores`).
         tile_slide: (n,) index into the case's slides.
+        contributions: (n, C) float32, what a tile adds to each logit, the mean over the members;
+            None where a member's logits are no sum over tiles.
+        contribution_bias: (C,) the mean of the logits less all that tiles add.
+        pool: of the tiles, to be asked about the members' only target; None of several targets.
     """
 
     logits: Array
     embedding: NDArray[np.float32]
     ood_distance: Array
     scores: NDArray[np.float32]
+    member_scores: NDArray[np.float32]
     score_kind: ScoreKind
     tile_slide: NDArray[np.int32]
+    contributions: NDArray[np.float32] | None
+    contribution_bias: Array | None
+    pool: Pool | None
 
 
 class Panel:
@@ -70,10 +85,10 @@ class Panel:
             )
         moments = moments_of(bag.features)
         kept = _Kept(bag)
-        found = []
+        found, asked = [], []
         for member, model in zip(self.members, self._models, strict=True):
             recipe = member.recipe
-            ((_, output),) = outputs(
+            ((bags, output),) = outputs(
                 model,
                 kept,
                 recipe.bags,
@@ -82,12 +97,19 @@ class Panel:
                 scale=member.scale,
             )
             found.append(output)
+            asked.append(self._explained(member, model, bags))
         kinds = sorted({output.score_kind for output in found})
         if len(kinds) > 1:
             raise ArtifactError(
                 f"{bag.case.case_id}: members give scores of kinds {' and '.join(kinds)}, which "
                 "have no mean; ask them one by one, or the final model"
             )
+        kind = found[0].score_kind
+        each = [output.scores.double().cpu().numpy() for output in found]
+        added = [one.added for one in asked if one.added is not None]
+        biases = [one.bias for one in asked if one.bias is not None]
+        pools = [one.pool for one in asked if one.pool is not None]
+        sums = len(added) == len(asked)
         return Answer(
             logits=np.stack([output.logits[0].double().cpu().numpy() for output in found]),
             embedding=_side_by_side(
@@ -101,12 +123,45 @@ class Panel:
                     for member in self.members
                 ]
             ),
-            scores=mean_scores(
-                [output.scores.double().cpu().numpy() for output in found], found[0].score_kind
-            ),
-            score_kind=found[0].score_kind,
+            scores=mean_scores(each, kind),
+            member_scores=alike_scores(each, kind),
+            score_kind=kind,
             tile_slide=bag.tile_slide,
+            contributions=np.mean(added, axis=0).astype(np.float32) if sums else None,
+            contribution_bias=np.mean(biases, axis=0) if sums else None,
+            pool=joint_pool(pools) if pools else None,
         )
+
+    def _explained(self, member: Member, model: Aggregator, bags: Bags) -> _Explained:
+        """Return what a member's logits are made of, and its tiles to be asked about."""
+        terms = attention_terms(model, bags)
+        pool: Pool | None = None
+        if len(member.targets) == 1:
+            (target,) = member.targets
+            threshold = joint_threshold(self.members, target.name)
+            question = member_question(member, threshold=threshold)
+            budget = tiles_at_a_time(member)
+            pool = (
+                PackedPool(model, bags, question, budget_tiles=budget)
+                if terms is None
+                else AttentionPool(terms, question)
+            )
+        summed = whole_terms(model, bags) if terms is None else terms
+        if summed is None:
+            return _Explained(added=None, bias=None, pool=pool)
+        return _Explained(
+            added=contributions(summed, [len(bags.features)]),
+            bias=summed.bias.detach().double().cpu().numpy(),
+            pool=pool,
+        )
+
+
+class _Explained(NamedTuple):
+    """What each tile adds to a member's logits (n, C), the bias (C,), and the tiles' pool."""
+
+    added: Array | None
+    bias: Array | None
+    pool: Pool | None
 
 
 class _Kept:
@@ -143,6 +198,16 @@ def mean_scores(scores: Sequence[Array], kind: ScoreKind) -> NDArray[np.float32]
     return np.asarray(mean, np.float32)
 
 
+def alike_scores(scores: Sequence[Array], kind: ScoreKind) -> NDArray[np.float32]:
+    """Return each member's scores (members, n, K) as `mean_scores` takes them into the mean.
+
+    Log weights are stated such that the weights of a column add up to 1 over the bag.
+    """
+    if len({one.shape[1] for one in scores}) > 1:
+        return np.stack([mean_scores(_columns(one), kind) for one in scores])
+    return np.stack([mean_scores([one], kind) for one in scores])
+
+
 def _columns(scores: Array) -> list[Array]:
     return [scores[:, place, None] for place in range(scores.shape[1])]
 
@@ -158,6 +223,23 @@ def score_names(targets: Sequence[TargetSpec], columns: int) -> tuple[str, ...]:
     """Return what each column of scores is of: a class where there is one each, else its number."""
     classes = targets[0].classes if len(targets) == 1 else ()
     return classes if len(classes) == columns else tuple(map(str, range(columns)))
+
+
+def logit_names(objective: FittedObjective) -> tuple[str, ...]:
+    """Return what each logit (C,) is of: a class of the only target, else its target and number."""
+    alone = len(objective.targets) == 1
+    names: list[str] = []
+    for target in objective.targets:
+        where = objective.slices[target.name]
+        width = where.stop - where.start
+        if target.task == "ordinal":
+            own = [f"above {name}" for name in target.classes[:-1]]
+        elif len(target.classes) == width:
+            own = list(target.classes)
+        else:
+            own = [target.name] if width == 1 else [f"{target.name}:{k}" for k in range(width)]
+        names += own if alone else [f"{target.name}:{name}" for name in own]
+    return tuple(names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

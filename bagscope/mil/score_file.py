@@ -33,13 +33,17 @@ from bagscope.mil.bags import ScoreKind
 from bagscope.wsi.hdf5_image import SparseImage
 
 SCHEMA = "bagscope.scores"
-SCHEMA_VERSION = 1
-_ARRAYS = ("scores", "coords", "grid", "logits", "embedding", "ood_distance")
+SCHEMA_VERSION = 2
+_ARRAYS = (
+    "scores", "coords", "grid", "logits", "embedding", "ood_distance",
+    "member_scores", "contributions", "contribution_bias",
+)  # fmt: skip
+_FAITHFULNESS = "faithfulness"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreFile:
-    """What members say of a slide.
+    """What members say of a slide; what version 1 did not hold is None.
 
     Attributes:
         slide_id: whose tiles these are.
@@ -55,6 +59,14 @@ class ScoreFile:
         logits: (members, C) float64 of the case.
         embedding: (members, E) float32 of the case.
         ood_distance: (members,) of the case, in units of each member's limit; NaN where unknown.
+        member_scores: (members, n, K) float32, what `scores` is the mean of; of log weights, the
+            weights of every member and column add up to 1 over the bag.
+        contributions: (n, C) float32, what a tile adds to each logit, the mean over the members;
+            None where a member's logits are no sum over tiles.
+        contribution_bias: (C,) float64; with the contributions of all of the case's tiles it adds
+            up to the mean of the members' logits.
+        contribution_names: (C,) what each logit is of: a class, or a target.
+        faithfulness: whether heatmaps of the case can be believed (see docs/formats.md).
     """
 
     slide_id: str
@@ -70,6 +82,11 @@ class ScoreFile:
     logits: NDArray[np.float64]
     embedding: NDArray[np.float32]
     ood_distance: NDArray[np.float64]
+    member_scores: NDArray[np.float32] | None = None
+    contributions: NDArray[np.float32] | None = None
+    contribution_bias: NDArray[np.float64] | None = None
+    contribution_names: tuple[str, ...] = ()
+    faithfulness: Mapping[str, Json] | None = None
 
 
 def write_score_file(path: Path, file: ScoreFile) -> None:
@@ -89,6 +106,7 @@ def write_score_file(path: Path, file: ScoreFile) -> None:
             "score_kind": file.score_kind,
             "score_names": canonical_json(list(file.score_names)).decode(),
             "tile": canonical_json(dict(file.tile)).decode(),
+            "contribution_names": canonical_json(list(file.contribution_names)).decode(),
         }
         for name, value in attributes.items():
             target.attrs[name] = value
@@ -96,6 +114,10 @@ def write_score_file(path: Path, file: ScoreFile) -> None:
             array = getattr(file, "coords_l0" if name == "coords" else name)
             if array is not None:
                 target.create_dataset(name, data=array)
+        if file.faithfulness is not None:
+            # A dataset: curves of many classes would not fit an attribute.
+            text = np.frombuffer(canonical_json(dict(file.faithfulness)), np.uint8)
+            target.create_dataset(_FAITHFULNESS, data=text)
     with atomic_file(path) as temporary:
         image.write_to(temporary)
         step("scores-written")
@@ -120,7 +142,10 @@ def read_score_file(path: Path) -> ScoreFile:
     try:
         with h5py.File(path, "r") as source:
             attributes = dict(source.attrs)
-            arrays = {name: source[name][:] if name in source else None for name in _ARRAYS}
+            arrays = {
+                name: source[name][:] if name in source else None
+                for name in (*_ARRAYS, _FAITHFULNESS)
+            }
         return _file_of(path, attributes, arrays)
     except (OSError, KeyError, ValueError) as error:
         raise SchemaError(
@@ -159,8 +184,16 @@ def _file_of(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, Any
     if kind not in get_args(ScoreKind):
         raise SchemaError(f"{path}: score_kind is {kind!r}; expected {get_args(ScoreKind)}")
     lengths = {len(arrays[name]) for name in ("logits", "embedding", "ood_distance")}
-    if arrays["scores"].shape[1] != len(names) or lengths != {len(members)}:
+    added_names = tuple(json.loads(attributes.get("contribution_names", "[]")))
+    shapes = {
+        "member_scores": (len(members), *arrays["scores"].shape),
+        "contributions": (len(arrays["scores"]), len(added_names)),
+        "contribution_bias": (len(added_names),),
+    }
+    fit = all(arrays[name] is None or arrays[name].shape == shapes[name] for name in shapes)
+    if arrays["scores"].shape[1] != len(names) or lengths != {len(members)} or not fit:
         raise SchemaError(f"{path}: its datasets contradict its members or names; make it again")
+    judged = arrays[_FAITHFULNESS]
     return ScoreFile(
         slide_id=str(attributes["slide_id"]),
         case_id=str(attributes["case_id"]),
@@ -175,4 +208,9 @@ def _file_of(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, Any
         logits=arrays["logits"],
         embedding=arrays["embedding"],
         ood_distance=arrays["ood_distance"],
+        member_scores=arrays["member_scores"],
+        contributions=arrays["contributions"],
+        contribution_bias=arrays["contribution_bias"],
+        contribution_names=added_names,
+        faithfulness=None if judged is None else json.loads(bytes(judged)),
     )

@@ -17,11 +17,12 @@ from bagscope.features.store import FeatureStore, SlideRecord
 from bagscope.mil.cases import Case
 from bagscope.mil.feature_origin import FeatureOrigin, compare
 from bagscope.mil.member import Member, load_member
-from bagscope.mil.prediction import Answer, Panel, score_names
+from bagscope.mil.prediction import Answer, Panel, logit_names, score_names
 from bagscope.mil.score_file import ScoreFile, read_score_file, write_score_file
 from bagscope.mil.sources import StoreSource
+from bagscope.pipeline.judging import judged
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised by hand, with a changelog line, when the same members would say other numbers."""
 _MEMBERS_KEPT = 32
 """Loaded members, of a few MB each, that a worker keeps."""
@@ -76,9 +77,11 @@ def score_one(job: Job) -> StageResult:
     if assumed:
         facts["assumed"] = {"encoder": task.assume, "fields": list(assumed)}
     if not made:
-        answer = _panel(task.members, task.device).ask(StoreSource(store, [task.case]))
+        panel = _panel(task.members, task.device)
+        answer = panel.ask(StoreSource(store, [task.case]))
+        faithfulness = judged(answer, panel.members)
         for place, record in enumerate(records):
-            file = _file_of(task, answer, place, record, fields)
+            file = _file_of(task, answer, place, record, fields, faithfulness)
             write_score_file(task.out / f"{record.slide_id}.h5", file)
             artifacts.step("slide-scored")
     return StageResult(outcome="skipped" if made else "done", fingerprint=fingerprint, facts=facts)
@@ -138,10 +141,16 @@ def _is_made(task: ScoreTask, slide_id: str, fields: dict[str, Json]) -> bool:
 
 
 def _file_of(
-    task: ScoreTask, answer: Answer, place: int, record: SlideRecord, fields: dict[str, Json]
+    task: ScoreTask,
+    answer: Answer,
+    place: int,
+    record: SlideRecord,
+    fields: dict[str, Json],
+    faithfulness: dict[str, Json],
 ) -> ScoreFile:
-    scores = answer.scores[answer.tile_slide == place]
-    panel = _panel(task.members, task.device)
+    own = answer.tile_slide == place
+    scores, added = answer.scores[own], answer.contributions
+    first = _panel(task.members, task.device).members[0]
     return ScoreFile(
         slide_id=record.slide_id,
         case_id=task.case.case_id,
@@ -149,7 +158,7 @@ def _file_of(
         members=tuple(member.name for member in task.members),
         scores=scores,
         score_kind=answer.score_kind,
-        score_names=score_names(panel.members[0].targets, scores.shape[1]),
+        score_names=score_names(first.targets, scores.shape[1]),
         coords_l0=record.coords_l0,
         grid=record.grid,
         # JSON knows no NaN; what is not known is not stated.
@@ -157,6 +166,11 @@ def _file_of(
         logits=answer.logits,
         embedding=answer.embedding,
         ood_distance=answer.ood_distance,
+        member_scores=answer.member_scores[:, own],
+        contributions=None if added is None else added[own],
+        contribution_bias=answer.contribution_bias,
+        contribution_names=logit_names(first.objective),
+        faithfulness=faithfulness,
     )
 
 

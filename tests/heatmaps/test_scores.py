@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from scipy import special, stats
 
 from bagscope.errors import ArtifactError, ConfigError
 from bagscope.heatmaps.scores import (
     Column,
-    contributions,
     disagreement,
     on_scale,
     percentiles,
@@ -16,8 +14,6 @@ from bagscope.heatmaps.scores import (
     require_scale,
     scales_for,
 )
-from bagscope.mil.aggregators.registry import build_aggregator
-from bagscope.mil.bags import Bags, PoolingTerms
 
 ONE = Column(name="", index=0)
 ALL = Column(name="", index=None)
@@ -97,19 +93,6 @@ def test_which_column_is_shown() -> None:
     assert pick_column(("0", "1", "2"), None) == ALL
     with pytest.raises(ConfigError, match="did you mean 'tumor'"):
         pick_column(("normal", "tumor"), "tumour")
-
-
-@pytest.mark.parametrize("name", ["abmil", "mean"])
-def test_contributions_add_up_to_the_logits(name: str) -> None:
-    torch.manual_seed(0)
-    model = build_aggregator(name, features=6, outputs=3).eval()
-    bags = Bags.of([torch.randn(4, 6), torch.randn(9, 6)])
-    with torch.no_grad():
-        terms, logits = model.pooling_terms(bags), model(bags).logits
-    assert isinstance(terms, PoolingTerms)
-    added = contributions(terms, [4, 9])
-    sums = np.stack([added[:4].sum(axis=0), added[4:].sum(axis=0)]) + terms.bias.detach().numpy()
-    np.testing.assert_allclose(sums, logits.numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_disagreement_is_the_spread_over_members() -> None:

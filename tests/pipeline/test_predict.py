@@ -15,6 +15,8 @@ from bagscope.errors import FingerprintMismatch
 from bagscope.features.store import FeatureStore
 from bagscope.mil.bags import Bags
 from bagscope.mil.cases import Case
+from bagscope.mil.explain.faithfulness import faithfulness
+from bagscope.mil.explain.members import member_subject
 from bagscope.mil.feature_origin import origin_of
 from bagscope.mil.member import Member, load_member, save_member
 from bagscope.mil.score_file import read_score_file
@@ -146,3 +148,44 @@ def test_a_member_of_several_panels_is_loaded_once(
         asked = replace(task, members=members, out=task.out / str(number))
         assert score_one(Job(slide_id="a", payload=asked)).outcome == "done"
     assert loaded == ["m0", "m1"]
+
+
+def test_a_score_file_holds_what_members_say_and_what_tiles_add(task: ScoreTask) -> None:
+    score_one(Job(slide_id="a", payload=task))
+    files = [read_score_file(task.out / f"{slide_id}.h5") for slide_id in SLIDES]
+    # Over the patient's bag, tiles and bias add up to the mean of the members' logits.
+    added = np.concatenate([file.contributions for file in files if file.contributions is not None])
+    bias = files[0].contribution_bias
+    assert bias is not None and files[0].contribution_names == ("no", "yes")
+    np.testing.assert_allclose(added.sum(axis=0) + bias, files[0].logits.mean(axis=0), atol=1e-5)
+    each = np.concatenate([f.member_scores for f in files if f.member_scores is not None], axis=1)
+    assert each.shape == (2, sum(SLIDES.values()), 1)
+    np.testing.assert_allclose(np.exp(each.astype(float)).sum(axis=1), 1, rtol=1e-5)
+    means = np.concatenate([file.scores for file in files])
+    np.testing.assert_allclose(np.exp(each).mean(axis=0), np.exp(means), rtol=1e-5)
+    told = files[0].faithfulness
+    assert told is not None and told == files[2].faithfulness
+    assert [entry["basis"] for entry in told["judged"]] == ["scores", *["contributions"] * 2]
+    assert [entry["class"] for entry in told["judged"][1:]] == ["no", "yes"]
+    assert told["forward_passes"] is None and 0 <= told["agreement"]["top_overlap"] <= 1
+
+
+def test_what_is_judged_is_what_the_library_says_of_the_members(task: ScoreTask) -> None:
+    """The file's numbers against a subject that asks every member about every bag."""
+    score_one(Job(slide_id="a", payload=task))
+    file = read_score_file(task.out / "a.h5")
+    assert file.faithfulness is not None
+    source = StoreSource(FeatureStore.open(task.location), [CASE])
+    members = [load_member(member.folder) for member in task.members]
+    subject = member_subject(members, source, 0)
+    scores = np.concatenate(
+        [read_score_file(task.out / f"{one}.h5").scores[:, 0] for one in SLIDES]
+    )
+    found = faithfulness(subject.pool, subject.rows, scores)
+    entry = file.faithfulness["judged"][0]
+    assert entry["score"] == pytest.approx(found.score, rel=1e-4, abs=1e-6)
+    assert (entry["chance"], entry["warning"]) == (pytest.approx(found.chance), found.warning)
+    assert found.deletion is not None
+    np.testing.assert_allclose(
+        entry["curves"]["deletion"]["answers"], found.deletion.answers[0], rtol=1e-4
+    )

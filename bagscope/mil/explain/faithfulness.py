@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -85,25 +86,43 @@ class Faithfulness:
 
     @property
     def warning(self) -> str:
-        """Return what to print on the heatmap; empty where it can be trusted."""
+        """Return what to print on a heatmap of attention; empty where it can be trusted."""
+        return self.warning_of("Attention does")
+
+    def warning_of(self, shown: str) -> str:
+        """Return what to print on a heatmap; `shown` is what it shows, with a verb: "X does"."""
         if math.isnan(self.score):
             return "A single tile: nothing to compare it with."
         if self.score >= THRESHOLD and self.chance <= CHANCE:
             return ""
         if self.movable < THRESHOLD * self.unit:
             return (
-                "Attention does not drive this prediction: it stays, whether the tiles shown as "
-                "hot are taken out or random ones."
+                f"{shown} not drive this prediction: it stays, whether the tiles shown as hot are "
+                "taken out or random ones."
             )
         if self.high <= -THRESHOLD:
             return (
-                "Attention does not drive this prediction: the tiles shown as hot speak against "
-                "it, which is surer without them."
+                f"{shown} not drive this prediction: the tiles shown as hot speak against it, "
+                "which is surer without them."
             )
         return (
-            "Attention does not drive this prediction: taking out the tiles shown as hot changes "
-            "it little more than taking out random ones."
+            f"{shown} not drive this prediction: taking out the tiles shown as hot changes it "
+            "little more than taking out random ones."
         )
+
+
+class Heatmap(NamedTuple):
+    """Scores to be judged.
+
+    Attributes:
+        scores: (n,) of the tiles, higher is hotter.
+        column: of the answers that they explain; the one decided for, or else the highest, if None.
+        sign: −1 where they explain why the answer is low.
+    """
+
+    scores: npt.ArrayLike
+    column: int | None = None
+    sign: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,16 +163,18 @@ def deletion(
     pool: Pool, orders: Sequence[Rows], column: int, shares: Sequence[float] = SHARES
 ) -> Curves:
     """Return the answers while the first tiles of each order are taken out, the whole bag first."""
-    counts = [0, *_counts(len(orders[0]), shares)]
-    return _curves(pool, [[order[n:] for n in counts] for order in orders], counts, column)
+    counts = _counts(len(orders[0]), shares)
+    whole = pool.answers([np.sort(orders[0])])
+    return _deletion(_taken(pool, orders, counts), whole, counts, len(orders[0]), column)
 
 
 def insertion(
     pool: Pool, orders: Sequence[Rows], column: int, shares: Sequence[float] = SHARES
 ) -> Curves:
     """Return the answers to bags of the first tiles of each order, the whole bag last."""
-    counts = [*_counts(len(orders[0]), shares), len(orders[0])]
-    return _curves(pool, [[order[:n] for n in counts] for order in orders], counts, column)
+    counts = _counts(len(orders[0]), shares)
+    whole = pool.answers([np.sort(orders[0])])
+    return _insertion(pool.beginnings(orders, counts), whole, counts, len(orders[0]), column)
 
 
 def faithfulness(
@@ -183,27 +204,89 @@ def faithfulness(
     Raises:
         ValueError: scores that are not one finite number a tile.
     """
-    order = order_of(scores)
-    if len(order) != len(rows):
-        raise ValueError(f"{len(order)} scores for {len(rows)} tiles; give one each")
-    if len(rows) == 1:
-        return _nothing(unit)
+    (found,) = faithfulness_of_each(
+        pool, rows, [Heatmap(scores, column)], orders=orders, seed=seed, unit=unit, shares=shares
+    )
+    return found
+
+
+def faithfulness_of_each(
+    pool: Pool,
+    rows: Rows,
+    shown: Sequence[Heatmap],
+    *,
+    orders: int = ORDERS,
+    seed: int = 0,
+    unit: float = 1.0,
+    shares: Sequence[float] = SHARES,
+) -> list[Faithfulness]:
+    """Measure several heatmaps of one bag, held against the same random orders.
+
+    Without a closed form, a model is asked about as many tiles as in 1 + len(shares) · (orders +
+    len(shown)) passes over the bag.
+
+    Args:
+        pool: of the model whose prediction is explained.
+        rows: of the bag in the pool.
+        shown: the heatmaps.
+        orders: random ones.
+        seed: of these.
+        unit: what an answer counts in.
+        shares: of the tiles at which curves are read.
+
+    Raises:
+        ValueError: scores that are not one finite number a tile.
+    """
+    ordered = [order_of(one.scores) for one in shown]
+    for order in ordered:
+        if len(order) != len(rows):
+            raise ValueError(f"{len(order)} scores for {len(rows)} tiles; give one each")
+    tiles = len(rows)
+    if tiles == 1:
+        return [_nothing(unit) for _ in shown]
     whole = pool.answers([rows])
-    if column is None:
-        decided = int(pool.question.decided(whole)[0])
-        column = decided if decided >= 0 else int(whole[0].argmax())
+    decided = int(pool.question.decided(whole)[0])
+    explained = decided if decided >= 0 else int(whole[0].argmax())
+    counts = _counts(tiles, shares)
     generator = np.random.default_rng(seed)
     random = [generator.permutation(rows) for _ in range(orders)]
-    down, random_down = (deletion(pool, o, column, shares) for o in ([rows[order]], random))
-    up, random_up = (insertion(pool, o, column, shares) for o in ([rows[order]], random))
-    gains = ((random_down.means - down.means) + (up.means - random_up.means)) / (2 * unit)
+    every = [*(rows[order] for order in ordered), *random]
+    taken, given = _taken(pool, every, counts), pool.beginnings(every, counts)
+    found = []
+    for place, one in enumerate(shown):
+        column = explained if one.column is None else one.column
+        own, others = slice(place, place + 1), slice(len(shown), None)
+        found.append(
+            _judged(
+                down=_deletion(taken[own], whole, counts, tiles, column),
+                up=_insertion(given[own], whole, counts, tiles, column),
+                random_down=_deletion(taken[others], whole, counts, tiles, column),
+                random_up=_insertion(given[others], whole, counts, tiles, column),
+                unit=unit,
+                sign=one.sign,
+            )
+        )
+    return found
+
+
+def _judged(
+    *,
+    down: Curves,
+    up: Curves,
+    random_down: Curves,
+    random_up: Curves,
+    unit: float,
+    sign: float,
+) -> Faithfulness:
+    moves = (random_down.means - down.means) + (up.means - random_up.means)
+    gains = sign * moves / (2 * unit)
     low, high = np.quantile(gains, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    moved = np.abs(np.concatenate([down.answers, random_down.answers]) - whole[0, column])
+    moved = np.abs(np.concatenate([down.answers, random_down.answers]) - down.answers[0, 0])
     return Faithfulness(
         score=float(gains.mean()),
         low=float(low),
         high=float(high),
-        chance=float((1 + (gains <= ROUNDING).sum()) / (1 + orders)),
+        chance=float((1 + (gains <= ROUNDING).sum()) / (1 + len(gains))),
         movable=float(moved.max()),
         unit=unit,
         deletion=down,
@@ -244,13 +327,28 @@ def _counts(tiles: int, shares: Sequence[float]) -> list[int]:
     return sorted({min(share_of(tiles, share), tiles - 1) for share in shares})
 
 
-def _curves(
-    pool: Pool, selections: Sequence[Sequence[Rows]], counts: Sequence[int], column: int
-) -> Curves:
-    answers = pool.answers(selection for order in selections for selection in order)
+def _taken(pool: Pool, orders: Sequence[Rows], counts: Sequence[int]) -> Array:
+    """Return what is said when the first tiles of orders are taken out: (orders, counts, A)."""
+    tiles = len(orders[0])
+    left = [tiles - count for count in reversed(counts)]
+    return pool.beginnings([order[::-1] for order in orders], left)[:, ::-1]
+
+
+def _deletion(taken: Array, whole: Array, counts: Sequence[int], tiles: int, column: int) -> Curves:
+    first = np.full((len(taken), 1), whole[0, column])
     return Curves(
-        shares=np.array(counts) / (counts[-1] if counts[0] else len(selections[0][0])),
-        answers=answers[:, column].reshape(len(selections), len(counts)),
+        shares=np.array([0, *counts]) / tiles,
+        answers=np.concatenate([first, taken[:, :, column]], axis=1),
+    )
+
+
+def _insertion(
+    given: Array, whole: Array, counts: Sequence[int], tiles: int, column: int
+) -> Curves:
+    last = np.full((len(given), 1), whole[0, column])
+    return Curves(
+        shares=np.array([*counts, tiles]) / tiles,
+        answers=np.concatenate([given[:, :, column], last], axis=1),
     )
 
 

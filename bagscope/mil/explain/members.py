@@ -67,17 +67,30 @@ def member_subject(
         budget_tiles: shown to a model at a time, where it has no closed form.
     """
     name = members[0].targets[0].name if target is None else target
-    limits = [member.thresholds[name] for member in members if name in member.thresholds]
-    threshold = sum(limits) / len(limits) if len(limits) == len(members) else None
+    threshold = joint_threshold(members, name)
     pools: list[Pool] = []
     for member in members:
         bags = member_bags(member, source, (case, *donors)).to(device)
-        entry = aggregator_entry(member.recipe.aggregator.name)
         question = member_question(member, name, threshold=threshold)
-        budget = 1 if entry.mixes_bags else budget_tiles
+        budget = tiles_at_a_time(member, budget_tiles)
         pools.append(pool_of(member.model(device), bags, question, budget_tiles=budget))
-    pool = pools[0] if len(pools) == 1 else MeanPool(pools)
-    return Subject(bags=bags.to("cpu"), pool=pool, model_id=model_id)
+    return Subject(bags=bags.to("cpu"), pool=joint_pool(pools), model_id=model_id)
+
+
+def joint_threshold(members: Sequence[Member], target: str) -> float | None:
+    """Return the mean of members' thresholds; None where one has none."""
+    limits = [member.thresholds[target] for member in members if target in member.thresholds]
+    return sum(limits) / len(limits) if len(limits) == len(members) else None
+
+
+def tiles_at_a_time(member: Member, budget_tiles: int = BUDGET_TILES) -> int:
+    """Return how many tiles a packed pool may show a member; 1 shows it every bag alone."""
+    return 1 if aggregator_entry(member.recipe.aggregator.name).mixes_bags else budget_tiles
+
+
+def joint_pool(pools: Sequence[Pool]) -> Pool:
+    """Return the pool that answers by the mean of several."""
+    return pools[0] if len(pools) == 1 else MeanPool(pools)
 
 
 def member_scores(

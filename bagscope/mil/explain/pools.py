@@ -36,6 +36,8 @@ CANCELLING = 1e-4
 _CHUNK_TILES = 1 << 13
 _CHECKED_TILES = 1 << 11
 _EXACT = 1e-9
+_TINY = 1e-250
+"""Weights of the pool's heaviest tile below which a sum of them is made anew, from its own."""
 
 
 class Pool(Protocol):
@@ -51,11 +53,25 @@ class Pool(Protocol):
         """Return the number of tiles that there are."""
         ...
 
+    @property
+    def is_closed_form(self) -> bool:
+        """Return whether answers cost sums alone, the model's own work being done."""
+        ...
+
     def answers(self, selections: Iterable[Rows]) -> Array:
         """Return what the model says of each selection: (n, A).
 
         Raises:
             ValueError: a selection without a tile.
+        """
+        ...
+
+    def beginnings(self, orders: Sequence[Rows], counts: Sequence[int]) -> Array:
+        """Return what the model says of the first tiles of orders: (orders, counts, A).
+
+        Args:
+            orders: of the same number of tiles, each at most once.
+            counts: how many of them, rising, from 1 on; they stand in a bag as they do in the pool.
         """
         ...
 
@@ -87,10 +103,36 @@ class AttentionPool:
         """Return the number of tiles that there are."""
         return len(self._scores)
 
+    @property
+    def is_closed_form(self) -> bool:
+        """Return whether answers cost sums alone."""
+        return True
+
     def answers(self, selections: Iterable[Rows]) -> Array:
         """Return what the model says of each selection: (n, A)."""
         logits = [self._logits(_not_empty(selection)) for selection in selections]
         return self._question.read(np.stack(logits))
+
+    def beginnings(self, orders: Sequence[Rows], counts: Sequence[int]) -> Array:
+        """Return what the model says of the first tiles of orders: (orders, counts, A).
+
+        One pass over an order does for all of its counts: sums are added up from one to the next.
+        """
+        last = counts[-1]
+        starts = [0, *counts[:-1]]
+        weights = np.exp(self._scores - self._scores.max(axis=0))
+        parts = weights[:, :, None] * self._values
+        found = []
+        for order in orders:
+            total = np.add.reduceat(weights[order[:last]], starts, axis=0).cumsum(axis=0)
+            summed = np.add.reduceat(parts[order[:last]], starts, axis=0).cumsum(axis=0)
+            vanishes = total < _TINY
+            pooled = summed / np.where(vanishes, 1.0, total)[:, :, None]
+            logits = self._bias + pooled.sum(axis=1)
+            for place in np.flatnonzero(vanishes.any(axis=1)):
+                logits[place] = self._logits(order[: counts[place]])
+            found.append(self._question.read(logits))
+        return np.stack(found)
 
     def without_each(self, selection: Rows, count: int | None = None) -> Array:
         """Return what it says with each of the first `count` left out, in one pass: (count, A)."""
@@ -147,6 +189,11 @@ class PackedPool:
         """Return the number of tiles that there are."""
         return len(self._bags.features)
 
+    @property
+    def is_closed_form(self) -> bool:
+        """Return whether answers cost sums alone."""
+        return False
+
     def answers(self, selections: Iterable[Rows]) -> Array:
         """Return what the model says of each selection: (n, A)."""
         was_training = self._model.training
@@ -160,6 +207,11 @@ class PackedPool:
         finally:
             self._model.train(was_training)
         return self._question.read(np.concatenate(logits))
+
+    def beginnings(self, orders: Sequence[Rows], counts: Sequence[int]) -> Array:
+        """Return what the model says of the first tiles of orders: (orders, counts, A)."""
+        answers = self.answers(np.sort(order[:n]) for order in orders for n in counts)
+        return answers.reshape(len(orders), len(counts), -1)
 
     def without_each(self, selection: Rows, count: int | None = None) -> Array:
         """Return what it says with each of the first `count` left out: (count, A)."""
@@ -186,10 +238,20 @@ class MeanPool:
         """Return the number of tiles that there are."""
         return self._pools[0].tiles
 
+    @property
+    def is_closed_form(self) -> bool:
+        """Return whether answers cost sums alone."""
+        return all(pool.is_closed_form for pool in self._pools)
+
     def answers(self, selections: Iterable[Rows]) -> Array:
         """Return the mean answer of each selection: (n, A)."""
         chosen = list(selections)
         return np.asarray(np.mean([pool.answers(chosen) for pool in self._pools], axis=0))
+
+    def beginnings(self, orders: Sequence[Rows], counts: Sequence[int]) -> Array:
+        """Return the mean answer to the first tiles of orders: (orders, counts, A)."""
+        found = [pool.beginnings(orders, counts) for pool in self._pools]
+        return np.asarray(np.mean(found, axis=0))
 
     def without_each(self, selection: Rows, count: int | None = None) -> Array:
         """Return the mean answer with each of the first `count` left out: (count, A)."""

@@ -1,0 +1,87 @@
+"""Whether a heatmap can be believed, in words: what its score file says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bagscope.heatmaps.choices import ScaleName
+
+if TYPE_CHECKING:
+    from bagscope.artifacts import Json
+    from bagscope.mil.score_file import ScoreFile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """What is known of a heatmap's faithfulness.
+
+    Attributes:
+        score: 0 is no better than random order, 1 the most there can be; None where not known.
+        warning: why the heatmap is not to be believed; empty where it can be, or nobody knows.
+        text: a sentence for people, the warning apart.
+        entry: of the score file; empty where nothing was judged.
+    """
+
+    score: float | None
+    warning: str
+    text: str
+    entry: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Return what to write beside the heatmap, the warning first."""
+        return (self.warning, self.text) if self.warning else (self.text,)
+
+
+def judgement_of(file: ScoreFile, scale: ScaleName, column: str) -> Judgement:
+    """Return what a score file says of one of its heatmaps.
+
+    Args:
+        file: of the slide.
+        scale: that is shown; all but contributions tell tiles apart as the usual one does.
+        column: whose numbers are shown; empty where they are the same for all classes.
+    """
+    told = file.faithfulness
+    if told is None:
+        return _unknown("its scores are of an older bagscope; predict anew")
+    basis = "contributions" if scale == "contribution" else "scores"
+    for entry in told["judged"]:
+        if (entry["basis"], entry["column"]) == (basis, column):
+            return _of(entry)
+    if told["forward_passes"] is not None and not told["unjudged"]:
+        return _unknown("of this model only the usual heatmap of a case is judged")
+    return _unknown(told["unjudged"] or "no answer of the model is about these numbers alone")
+
+
+def agreement_text(file: ScoreFile) -> str:
+    """Return how far the members agree on a file's tiles, as a sentence; empty of a single one."""
+    found = None if file.faithfulness is None else file.faithfulness["agreement"]
+    if found is None or found["rank_correlation"] is None:
+        return ""
+    return (
+        f"Agreement of {len(file.members)} models: rank correlation "
+        f"{found['rank_correlation']:.2f}; {found['top_overlap']:.0%} of their top "
+        f"{found['top_tiles']} tiles are shared (by chance {found['chance_overlap']:.0%})."
+    )
+
+
+def _of(entry: Mapping[str, Json]) -> Judgement:
+    score = entry["score"]
+    if score is None:
+        return Judgement(score=None, warning=entry["warning"], text="Not judged.", entry=entry)
+    told = "no random order does as well" if _is_best(entry) else f"p = {entry['chance']:.2g}"
+    text = (
+        f"Faithfulness {score:.2f} (0: chance, 1: the most there can be; {told}), "
+        f"of the {entry['answer']}."
+    )
+    return Judgement(score=score, warning=entry["warning"], text=text, entry=entry)
+
+
+def _is_best(entry: Mapping[str, Json]) -> bool:
+    return bool(entry["chance"] <= 0.05)
+
+
+def _unknown(why: str) -> Judgement:
+    return Judgement(score=None, warning="", text=f"Faithfulness not judged: {why}.")
