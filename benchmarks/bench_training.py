@@ -37,7 +37,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from bagscope.features.feature_file import FeatureHeader, write_feature_file  # noqa: E402
 from bagscope.features.store import FeatureStore  # noqa: E402
-from bagscope.kernels import gated_attention_pool  # noqa: E402
+from bagscope.kernels.dispatch import keeping, kept_bytes  # noqa: E402
 from bagscope.mil.aggregators.registry import Aggregator, build_aggregator  # noqa: E402
 from bagscope.mil.bags import Bags  # noqa: E402
 from bagscope.mil.cases import Case  # noqa: E402
@@ -231,11 +231,12 @@ def memory_rows(method: str, tiles: int, threads: int) -> list[recording.Row]:
 
 def step_memory_mib(way: str, method: str, tiles: int) -> float:
     """Return by how much one step raises this process's high-water mark."""
-    if way == "recompute":
-        gated_attention_pool.KEEP_BYTES = 0
+    most_bytes = 0 if way == "recompute" else kept_bytes()
 
     def one(bags: Bags) -> None:
-        (eager_step(method, bags.features) if way == "eager" else our_step(method, bags))()
+        step = eager_step(method, bags.features) if way == "eager" else our_step(method, bags)
+        with keeping(most_bytes):
+            step()
 
     one(bag(64))  # libraries load, and threads start, before the bag is there
     bags = bag(tiles)

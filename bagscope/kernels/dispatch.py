@@ -31,6 +31,8 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
 
+_kept_bytes = 1 << 30
+
 # The float32 policy's trial.
 _SIZE, _ROUNDS = 512, 6
 _WORTHWHILE = 1.15
@@ -93,6 +95,28 @@ def table() -> dict[str, str]:
     if torch.cuda.is_available():
         found["cuda"] = choose("doctor", torch.empty(0, device="cuda"))
     return {**found, "float32 products": float32_policy()[1]}
+
+
+# --- what is kept for the way back -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def keeping(most_bytes: int) -> Iterator[None]:
+    """Let each call of the block keep so much of its activations; the rest is computed anew.
+
+    It holds for the process, and changes no result.
+    """
+    global _kept_bytes
+    before, _kept_bytes = _kept_bytes, most_bytes
+    try:
+        yield
+    finally:
+        _kept_bytes = before
+
+
+def kept_bytes() -> int:
+    """Return what one call of an operation may keep of its activations."""
+    return _kept_bytes
 
 
 # --- float32 products on the CPU ------------------------------------------------------------

@@ -110,6 +110,12 @@ class TrainingSpec(Spec):
     precision: Precision = Field(
         default="float32", description="of the products: float32, bfloat16 or float16 (GPU)"
     )
+    keep_mib: int = Field(
+        default=1024,
+        ge=0,
+        description="activations that an attention keeps for the way back, in MiB; what is beyond "
+        "is computed anew, which takes longer: 0 trains the longest bags",
+    )
     compile: bool = Field(default=False, description="whether torch.compile is used")
     calibrate: bool = Field(
         default=True, description="fit a temperature on the inner validation part where it is large"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bagscope.kernels import gated_attention_pool as module
+from bagscope.kernels.dispatch import keeping
 from bagscope.kernels.gated_attention_pool import PooledBags, gated_attention_pool
 from bagscope.kernels.segment_softmax_pool import attention_weights
 from tests.kernels.packed import (
@@ -306,7 +306,7 @@ def test_the_same_bits_again_kept_or_not() -> None:
         assert all(grads[name].equal(grads_again[name]) for name in grads)
 
 
-def test_keeps_what_fits_the_budget_the_projection_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_what_fits_the_budget_the_projection_first() -> None:
     given = problem((100,))
     assert given["weight_w"] is not None
     given["weight_w"].requires_grad_()
@@ -321,10 +321,10 @@ def test_keeps_what_fits_the_budget_the_projection_first(monkeypatch: pytest.Mon
 
     everything = saved()
     h_bytes, gate_bytes = 100 * HIDDEN * 4, 100 * 2 * GATES * 4
-    monkeypatch.setattr(module, "KEEP_BYTES", h_bytes)
-    assert everything - saved() == gate_bytes
-    monkeypatch.setattr(module, "KEEP_BYTES", 0)
-    assert everything - saved() == gate_bytes + h_bytes
+    with keeping(h_bytes):
+        assert everything - saved() == gate_bytes
+    with keeping(0):
+        assert everything - saved() == gate_bytes + h_bytes
 
 
 def test_compiles_as_one_graph() -> None:

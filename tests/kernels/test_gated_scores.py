@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bagscope.kernels import gated_scores as module
+from bagscope.kernels.dispatch import keeping
 from bagscope.kernels.gated_scores import gated_scores
 from bagscope.kernels.gated_scores.dropout import chunk_dropout, gate_dropout
 from tests.kernels.packed import (
@@ -184,8 +184,8 @@ def test_strided_inputs_and_the_same_bits_again() -> None:
     assert_close_to_float64(gated_scores(**apart), found[0])  # type: ignore[arg-type]
 
 
-def test_keeps_activations_only_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kept_bytes() -> int:
+def test_keeps_activations_only_within_the_budget() -> None:
+    def saved() -> int:
         given = problem(100)
         sizes = []
 
@@ -199,9 +199,10 @@ def test_keeps_activations_only_within_the_budget(monkeypatch: pytest.MonkeyPatc
             gated_scores(**given)  # type: ignore[arg-type]
         return sum(sizes)
 
-    with_activations = kept_bytes()
-    monkeypatch.setattr(module, "KEEP_BYTES", 1000)
-    assert with_activations - kept_bytes() == 100 * 2 * HIDDEN * 4
+    with_activations = saved()
+    with keeping(1000):
+        assert with_activations - saved() == 100 * 2 * HIDDEN * 4
+    assert saved() == with_activations
 
 
 def test_the_original_clam_gives_these_logits() -> None:

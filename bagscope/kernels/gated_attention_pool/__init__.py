@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from bagscope.kernels.dispatch import choose
+from bagscope.kernels.dispatch import choose, kept_bytes
 from bagscope.kernels.gated_attention_pool.cpu import (
     OutputGradients,
     Outputs,
@@ -34,8 +34,6 @@ from bagscope.kernels.segments import require_borders
 
 Activation = Literal["relu", "gelu", "identity"]
 Keep = Literal["auto", "all", "nothing"]
-KEEP_BYTES = 1 << 30
-"""What `keep="auto"` may spend on h and the gates' activations of one call."""
 
 _FORWARD, _BACKWARD = (
     "bagscope::gated_attention_pool",
@@ -189,8 +187,8 @@ def _kept(
     gates = 1 if weights.weight_u is None else 2
     gate_bytes = len(x) * gates * len(weights.weight_v) * size
     # h first: it saves the larger product of the two.
-    has_h = keep == "all" or h_bytes <= KEEP_BYTES
-    return has_h and weight is not None, keep == "all" or h_bytes + gate_bytes <= KEEP_BYTES
+    has_h = keep == "all" or h_bytes <= kept_bytes()
+    return has_h and weight is not None, keep == "all" or h_bytes + gate_bytes <= kept_bytes()
 
 
 def _problem(inputs: tuple[Any, ...]) -> Problem:

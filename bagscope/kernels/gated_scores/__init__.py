@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bagscope.kernels.dispatch import choose
+from bagscope.kernels.dispatch import choose, kept_bytes
 from bagscope.kernels.gated_scores.cpu import (
     GateSettings,
     GateWeights,
@@ -26,8 +26,6 @@ from bagscope.kernels.gated_scores.reference import gated_scores_reference
 from bagscope.kernels.segment_softmax_pool.cpu import accumulator
 
 Gate = Literal["tanh", "relu"]
-KEEP_BYTES = 1 << 30
-"""What one call may keep of the activations."""
 
 _INPUTS = (
     "Tensor h, Tensor weight_v, Tensor? bias_v, Tensor? weight_u, Tensor? bias_u, "
@@ -67,7 +65,7 @@ def gated_scores(
         tensor is not None and tensor.requires_grad for tensor in (h, *weights)
     )
     width = len(weight_v) * (1 if weight_u is None else 2)
-    fits = len(h) * width * torch.finfo(computing_dtype(h)).bits // 8 <= KEEP_BYTES
+    fits = len(h) * width * torch.finfo(computing_dtype(h)).bits // 8 <= kept_bytes()
     keeps = is_training and (keep == "all" or (keep == "auto" and fits))
     if wants_reference("gated_scores", h):
         dtype = accumulator(h.dtype)

@@ -28,6 +28,7 @@ from bagscope.errors import (
     FingerprintMismatch,
     first_line,
 )
+from bagscope.kernels.dispatch import keeping
 from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
 from bagscope.mil.bags import Bags
 from bagscope.mil.inference import DTYPES, infer
@@ -284,7 +285,8 @@ class Trainer:
 
     def _learn(self, bags: Bags, step: Step, counts: Counts, means: _Means) -> None:
         progress = step.number / max(1, self._schedule.steps)
-        output = self._forward(bags)
+        with keeping(self.recipe.training.keep_mib << 20):
+            output = self._forward(bags)
         losses = self.objective(
             output, bags.targets or {}, progress=progress, lengths=bags.lengths, step=counts
         )

@@ -50,6 +50,14 @@ def test_memory_changes_no_result_beyond_rounding() -> None:
             torch.testing.assert_close(weight, cut.weights[name], rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_not_kept_for_the_way_back_changes_no_bit() -> None:
+    weights = []
+    for keep_mib in (0, 1024):
+        recipe = made_recipe(training={"keep_mib": keep_mib, "epochs": 2})
+        weights.append(Trainer(recipe, [TARGET], made_source(8), None, seed=0).run().weights)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_it_learns_a_planted_signal() -> None:
     from sklearn.metrics import roc_auc_score
 
