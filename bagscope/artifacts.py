@@ -284,14 +284,7 @@ def atomic_folder(
             temporary.mkdir(parents=True)
             yield temporary
             step("before-complete")
-            record = {
-                "fields": dict(fields),
-                "fingerprint": fingerprint(fields),
-                "files": {name: sha256_of_file(temporary / name) for name in _members(temporary)},
-            }
-            for name in record["files"]:
-                _sync(temporary / name)
-            write_json(temporary / COMPLETE_NAME, record)
+            complete_folder(temporary, fields)
             step("before-rename")
             if path.exists():
                 doomed = temporary_path(path)
@@ -304,6 +297,23 @@ def atomic_folder(
             _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def complete_folder(path: Path, fields: Mapping[str, Json]) -> None:
+    """Write the `complete.json` of a folder whose files are all there.
+
+    For folders that are made part by part, each of them atomic; others are an `atomic_folder`.
+    """
+    with _as_artifact_error(path):
+        names = [name for name in _members(path) if name != COMPLETE_NAME]
+        record = {
+            "fields": dict(fields),
+            "fingerprint": fingerprint(fields),
+            "files": {name: sha256_of_file(path / name) for name in names},
+        }
+        for name in names:
+            _sync(path / name)
+    write_json(path / COMPLETE_NAME, record)
 
 
 def is_complete(path: Path) -> bool:

@@ -23,6 +23,7 @@ from bagscope.cli.extract import extract
 from bagscope.cli.heatmap import heatmap
 from bagscope.cli.init import init
 from bagscope.cli.predict import predict
+from bagscope.cli.review import review
 from bagscope.cli.run import run
 from bagscope.cli.scan import scan
 from bagscope.cli.splits import splits
@@ -68,6 +69,7 @@ for verb in (
     compare,
     predict,
     heatmap,
+    review,
     explain,
     convert,
     verify,
