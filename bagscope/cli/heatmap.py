@@ -10,10 +10,13 @@ import typer
 from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
 from bagscope.errors import ConfigError
-from bagscope.heatmaps.choices import DEFAULT_FORMATS, FORMATS, MAX_TILES
+from bagscope.heatmaps.choices import DEFAULT_FORMATS, FORMATS, MAX_TILES, ScaleName, Shows
 
 if TYPE_CHECKING:
     from bagscope.pipeline.heatmap import PlannedHeatmaps
+
+_MOST_NAMED = 20
+"""Slides in a closing line."""
 
 
 def heatmap(
@@ -28,7 +31,7 @@ def heatmap(
         typer.Option("--slide", help="only this one; may be repeated", show_default=False),
     ] = None,
     scale: Annotated[
-        Literal["ratio", "logit", "percentile", "probability"] | None,
+        ScaleName | None,
         typer.Option("--scale", help="of the scores; the usual one if not set", show_default=False),
     ] = None,
     class_name: Annotated[
@@ -37,6 +40,9 @@ def heatmap(
             "--class", help="whose scores, where each class has its own", show_default=False
         ),
     ] = None,
+    shows: Annotated[
+        Shows, typer.Option("--show", help="the scores, or how far the members are apart")
+    ] = "score",
     formats: Annotated[
         str, typer.Option("--formats", help=f"separated by commas, of {', '.join(FORMATS)}")
     ] = ",".join(DEFAULT_FORMATS),
@@ -77,6 +83,7 @@ def heatmap(
         slides=tuple(slide or ()),
         scale=scale,
         class_name=class_name,
+        shows=shows,
         formats=tuple(dict.fromkeys(name.strip() for name in formats.split(",") if name.strip())),
         frame=frame,
         levels=None if levels is None else _numbers(levels),
@@ -95,6 +102,8 @@ def heatmap(
     console.print_report(report, as_json=as_json)
     if not as_json:
         typer.echo(f"heatmaps: {planned.folder / '*' / planned.drawn}")
+        for line in _doubts(planned):
+            typer.echo(line)
     raise typer.Exit(report.exit_code)
 
 
@@ -103,6 +112,17 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ConfigError(f"--levels is {text!r}; write numbers separated by commas") from None
+
+
+def _doubts(planned: PlannedHeatmaps) -> list[str]:
+    """Return which heatmaps are not to be believed, in lines."""
+    doubted = planned.doubted
+    if not doubted:
+        return []
+    more = len(doubted) - _MOST_NAMED
+    names = ", ".join(doubted[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    what = f"{len(doubted)} of {len(planned.tasks)} heatmaps are not to be believed"
+    return [f"warning: {what} (each says why): {names}"]
 
 
 def _print_plan(planned: PlannedHeatmaps, *, as_json: bool) -> None:
@@ -115,6 +135,8 @@ def _print_plan(planned: PlannedHeatmaps, *, as_json: bool) -> None:
             "high": colours.high,
             "slides": len(planned.tasks),
             "folder": str(planned.folder),
+            "shows": colours.shows,
+            "doubted": list(planned.doubted),
             "notes": list(planned.notes),
         }
         console.print_json("plan", facts)
@@ -122,7 +144,8 @@ def _print_plan(planned: PlannedHeatmaps, *, as_json: bool) -> None:
     for note in planned.notes:
         typer.echo(f"  note: {note}")
     of = f" of {planned.of}" if planned.of else ""
+    what = "disagreement on " if colours.shows == "disagreement" else ""
     typer.echo(
-        f"{len(planned.tasks)} slides, {colours.scale}{of}; "
+        f"{len(planned.tasks)} slides, {what}{colours.scale}{of}; "
         f"colours from {colours.low:g} to {colours.high:g} on all of them"
     )

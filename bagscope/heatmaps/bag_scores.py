@@ -29,7 +29,28 @@ def bag_scores(file: ScoreFile, beside: Mapping[str, ScoreFile]) -> NDArray[np.f
     Raises:
         SchemaError: one of them is missing, or of another answer.
     """
+    return np.concatenate([one.scores for one in _bag(file, beside)])
+
+
+def member_bag_scores(file: ScoreFile, beside: Mapping[str, ScoreFile]) -> NDArray[np.float32]:
+    """Return each member's scores (M, N, K) of a file's whole bag.
+
+    Raises:
+        SchemaError: as `bag_scores`, or a file has none, being of an older bagscope.
+    """
     parts = []
+    for one in _bag(file, beside):
+        if one.member_scores is None:
+            raise SchemaError(
+                f"the scores of {one.slide_id} are of an older bagscope, which kept the members' "
+                "mean alone; predict anew"
+            )
+        parts.append(one.member_scores)
+    return np.concatenate(parts, axis=1)
+
+
+def _bag(file: ScoreFile, beside: Mapping[str, ScoreFile]) -> list[ScoreFile]:
+    found = []
     for slide_id in slides_of_bag(file):
         other = file if slide_id == file.slide_id else beside.get(slide_id)
         if other is None or other.fields != file.fields:
@@ -38,5 +59,5 @@ def bag_scores(file: ScoreFile, beside: Mapping[str, ScoreFile]) -> NDArray[np.f
                 f"the scores of {slide_id}, a slide of the same patient, are {what}, and weights "
                 "add up to 1 over both; predict anew"
             )
-        parts.append(other.scores)
-    return np.concatenate(parts)
+        found.append(other)
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 ScaleName = Literal["ratio", "logit", "percentile", "probability", "contribution"]
+Shows = Literal["score", "disagreement"]
+"""The mean over the members, or how far they are apart."""
 FORMATS = (
     "png", "svg", "geojson", "geojson.gz", "geojson.zip", "ome-tiff", "ome-zarr", "csv", "parquet",
 )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bagscope.heatmaps.choices import ScaleName
+from bagscope.heatmaps.choices import ScaleName, Shows
 from bagscope.heatmaps.scores import MEANINGS
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
+OF_DISAGREEMENT = "magma"
+"""Not that of scores: the two pictures of a slide are not to be taken for each other."""
 EMPTY_RGB = (255, 255, 255)
 """Where there is no tile."""
 
@@ -41,6 +43,7 @@ class ColourScale:
         high: has the last colour, and so has everything above.
         logarithmic: equal factors are equal steps of colour.
         map_name: of matplotlib.
+        shows: whether the numbers are on the scale, or how far the members are apart on it.
     """
 
     scale: ScaleName
@@ -48,6 +51,7 @@ class ColourScale:
     high: float
     logarithmic: bool
     map_name: str
+    shows: Shows = "score"
 
     def positions(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """Return where values lie between `low` (0) and `high` (1), kept within; NaN stays."""
@@ -84,7 +88,26 @@ class ColourScale:
     @property
     def title(self) -> str:
         """Return what the numbers are, for a legend."""
-        return MEANINGS[self.scale]
+        own = MEANINGS[self.scale]
+        if self.shows == "disagreement":
+            return f"Disagreement of the models: {own[0].lower()}{own[1:]}"
+        return own
+
+    @property
+    def meaning(self) -> str:
+        """Return how to read a number, in a sentence."""
+        if self.shows == "disagreement":
+            return (
+                "Standard deviation over the models, in the scale's own units: 0 where all of them "
+                "say the same."
+            )
+        return _EXPLAINED[self.scale]
+
+    def tick_text(self, value: float) -> str:
+        """Return a number as it stands on a legend."""
+        if self.logarithmic:
+            return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}"
+        return f"{value:g}".replace("-", "−")
 
 
 @lru_cache(maxsize=8)
@@ -108,6 +131,7 @@ def shared_scale(
     ranges: Iterable[tuple[float, float]] = (),
     *,
     limits: tuple[float, float] | None = None,
+    shows: Shows = "score",
 ) -> ColourScale:
     """Return the one scale of a cohort.
 
@@ -119,7 +143,19 @@ def shared_scale(
         kind: what the scores are that they were made of.
         ranges: of each slide (see `usual_range`).
         limits: low and high, over all that.
+        shows: the numbers, or how far members are apart on their scale: from 0 on.
     """
+    if shows == "disagreement":
+        top = _rounded_up(max((high for _, high in ranges), default=0.0))
+        low, high = limits or (0.0, top)
+        return ColourScale(
+            scale=scale,
+            low=low,
+            high=high,
+            logarithmic=False,
+            map_name=OF_DISAGREEMENT,
+            shows=shows,
+        )
     signed = scale == "contribution" or (scale == "logit" and kind != "log_weight")
     logarithmic = scale == "ratio"
     if limits is None:
@@ -162,3 +198,14 @@ def _rounded_up(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * (1 - 1e-9))
+
+
+_EXPLAINED: dict[ScaleName, str] = {
+    "ratio": "1× is what each tile would weigh if all weighed the same; 4× is four times that.",
+    "logit": "Higher speaks more for it; comparable between slides of the same model only.",
+    "percentile": "90: nine tenths of this slide's own tiles score lower. Says nothing of other "
+    "slides.",
+    "probability": "What the model would say of a slide that were this tile alone.",
+    "contribution": "What the tile adds to the class's logit: red speaks for the class, blue "
+    "against it; all tiles and a constant add up to the logit.",
+}

@@ -25,6 +25,7 @@ from bagscope.wsi.geojson import Frame, region_texts
 from bagscope.wsi.outline import MaskFrame, Polygon, Region, polygons
 
 if TYPE_CHECKING:
+    from bagscope.artifacts import Json
     from bagscope.wsi.slide import Rgb
 
 LEVELS: Mapping[ScaleName, tuple[float, ...]] = {
@@ -60,12 +61,17 @@ def tile_regions(
 
 
 def hot_regions(
-    places: TilePlaces, values: NDArray[np.floating], level: float, colours: ColourScale
+    places: TilePlaces,
+    values: NDArray[np.floating],
+    level: float,
+    colours: ColourScale,
+    *,
+    measurements: Mapping[str, float] | None = None,
 ) -> list[Region]:
     """Return the areas with scores of at least `level`, one annotation per connected fragment.
 
     Neighbouring tiles are merged and holes are kept; every corner is a tile's corner. Where tiles
-    overlap their mean counts.
+    overlap their mean counts. Each region has its own measurements and the given ones.
     """
     import cv2
 
@@ -85,11 +91,14 @@ def hot_regions(
     row = np.searchsorted(cells.y_edges_l0, centre[:, 1], "right") - 1
     tiles = np.bincount(labels[row, column], minlength=len(areas_l0))
     named = f"{colours.scale} ≥ {level:g}"
+    if colours.shows == "disagreement":
+        named = f"disagreement on {named}"
     found = []
     for shape in polygons(hot, unit):
         corner = shape.exterior_l0[np.lexsort(shape.exterior_l0.T)[0]].astype(np.intp)
         label = labels[corner[1], corner[0]]
         measured = {
+            **(measurements or {}),
             "tiles": float(tiles[label]),
             f"mean {colours.scale}": _short(means[label]),
             f"highest {colours.scale}": _short(highest[label]),
@@ -119,6 +128,8 @@ def write_geojson(
     max_tiles: int = MAX_TILES,
     tissue: Sequence[Region] = (),
     frame: Frame = "qupath",
+    about: Mapping[str, Json] | None = None,
+    facts: Mapping[str, float] | None = None,
 ) -> tuple[str, ...]:
     """Write a heatmap as a FeatureCollection, atomically, one object after another.
 
@@ -133,16 +144,23 @@ def write_geojson(
         max_tiles: with more tiles than this only regions are written.
         tissue: its outlines, in level-0 pixels.
         frame: where the file's (0, 0) lies.
+        about: what the file's `bagscope` member says of the heatmap; QuPath drops it on saving.
+        facts: measurements of every hot region, for QuPath.
 
     Returns:
         Sentences for the user.
     """
-    levels = LEVELS[colours.scale] if levels is None else levels
+    if levels is None:
+        levels = LEVELS[colours.scale] if colours.shows == "score" else ()
     notes = []
     if levels and cell_count(places) > _MAX_CELLS:
         notes.append("the tiles lie on no lattice: no regions are drawn of them")
         levels = ()
-    hot = [region for level in levels for region in hot_regions(places, values, level, colours)]
+    hot = [
+        region
+        for level in levels
+        for region in hot_regions(places, values, level, colours, measurements=facts)
+    ]
     regions = [*tissue, *hot]
     shows_tiles = len(places) <= max_tiles
     if not shows_tiles and not regions:
@@ -162,6 +180,7 @@ def write_geojson(
         slide_name=slide_id,
         frame=frame,
         class_names={region.class_name for region in regions},
+        about=about,
     )
     with atomic_file(path) as temporary, _opened(temporary, path) as write:
         for text in texts:

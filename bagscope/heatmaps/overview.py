@@ -40,6 +40,9 @@ _SIDE_PX = 330
 _ID_SIZE, _TEXT_SIZE = 17.0, 12.0
 _LETTER_PX_PER_POINT = 0.95
 """How wide a letter of the font is, generously: 0.68 em at 100 dots per inch."""
+_LINE_PX = 19
+"""From line to line of small print."""
+_ALERT = "#fde2c4"
 _AROUND_RGB = (150, 150, 150)
 _INK = "#1a1a1a"
 _QUIET = "#5c5c5c"
@@ -55,6 +58,7 @@ class Caption:
         of: whose scores are shown: a class, or empty.
         source: the run that they come from.
         remarks: sentences that a reader must know.
+        warning: why the heatmap is not to be believed; empty where it can be.
     """
 
     slide_id: str
@@ -62,6 +66,7 @@ class Caption:
     of: str = ""
     source: str = ""
     remarks: Sequence[str] = ()
+    warning: str = ""
 
 
 def picture_frame(places: TilePlaces, *, longest_px: int = PICTURE_PX) -> MaskFrame:
@@ -173,12 +178,20 @@ def _figure(
 
     height, width = picture.shape[:2]
     small = min(_SIDE_PX / width, 330 / height)
-    side_px = 250 if rgb is None else 300 + round(height * small)
+    notes = [f"{len(places):,} tiles", *([caption.source] if caption.source else [])]
+    lines = [line for note in (*notes, *caption.remarks) for line in textwrap.wrap(note, 50)]
+    legend = _legend_lines(colours, caption.of)
+    side_px = _legend_px(legend) + _LINE_PX * len(lines)
+    side_px += 0 if rgb is None else 44 + round(height * small)
     left_px = max(width, 420)
     page_w = _MARGIN_PX * 3 + left_px + _SIDE_PX
     across = page_w - 2 * _MARGIN_PX
-    said = textwrap.wrap(caption.prediction, int(across / _LETTER_PX_PER_POINT / _TEXT_SIZE))
+    letters = int(across / _LETTER_PX_PER_POINT / _TEXT_SIZE)
+    said = textwrap.wrap(caption.prediction, letters)
     first = _HEADER_PX + 21 * max(0, len(said) - 1)
+    warned = textwrap.wrap(f"Not to be believed. {caption.warning}", letters - 4)
+    band = (first - 8, 21 * len(warned) + 14)
+    first += band[1] + 10 if caption.warning else 0
     page_h = first + max(height, side_px) + _FOOTER_PX
     figure = Figure(figsize=(page_w / _DPI, page_h / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -193,40 +206,64 @@ def _figure(
     fits = across / (_LETTER_PX_PER_POINT * 1.1 * max(1, len(caption.slide_id)))
     text(_MARGIN_PX, 24, caption.slide_id, fontsize=min(_ID_SIZE, fits), fontweight="bold")
     text(_MARGIN_PX, 57, "\n".join(said), fontsize=_TEXT_SIZE, linespacing=1.25)
+    if caption.warning:
+        back = axes(_MARGIN_PX, band[0], across, band[1])
+        back.set_facecolor(_ALERT)
+        _bare(back)
+        text(_MARGIN_PX + 12, band[0] + 8, "\n".join(warned), fontsize=_TEXT_SIZE, linespacing=1.25)
     _show(axes(_MARGIN_PX, first, width, height), picture)
     if places.mpp is not None:
         _draw_scale_bar(axes, text, places, frame, first + height)
 
     side = _MARGIN_PX * 2 + left_px
     opacity = 1.0 if rgb is None else OPACITY
-    top = _draw_legend(axes, text, colours, caption.of, side, first, opacity)
+    top = _draw_legend(axes, text, colours, legend, side, first, opacity)
     if rgb is not None:
         _show(axes(side, top + 22, round(width * small), round(height * small)), rgb)
         text(side, top, "the slide without colours", fontsize=9, color=_QUIET)
         top += 22 + round(height * small) + 22
-    notes = [f"{len(places):,} tiles", *([caption.source] if caption.source else [])]
-    notes += list(caption.remarks)
-    lines = [line for note in notes for line in textwrap.wrap(note, 50)]
     text(side, top, "\n".join(lines), fontsize=9, color=_QUIET, linespacing=1.5)
     return figure
 
 
 def _show(axes: Any, image: NDArray[np.uint8]) -> None:
     axes.imshow(image, interpolation="none", aspect="auto")
+    _bare(axes)
+
+
+def _bare(axes: Any) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for line in axes.spines.values():
         line.set_visible(False)
 
 
+def _legend_lines(colours: ColourScale, of: str) -> tuple[list[str], list[str]]:
+    """Return what stands above the colours, and what below."""
+    title = textwrap.wrap(colours.title + (f": {of}" if of else ""), 38)
+    meaning = textwrap.wrap(colours.meaning, 52)
+    return title, [*meaning, "The same colours on every slide of the cohort."]
+
+
+def _legend_px(legend: tuple[list[str], list[str]]) -> int:
+    title, meaning = legend
+    return 20 * len(title) + 6 + 18 + 36 + _LINE_PX * len(meaning) + 22
+
+
 def _draw_legend(
-    axes: Any, text: Any, colours: ColourScale, of: str, side: int, top: int, opacity: float
+    axes: Any,
+    text: Any,
+    colours: ColourScale,
+    legend: tuple[list[str], list[str]],
+    side: int,
+    top: int,
+    opacity: float,
 ) -> int:
     """Draw what the colours mean; return how far down it reaches, in pixels."""
-    title = colours.title + (f": {of}" if of else "")
-    lines = textwrap.wrap(title, 40)
-    text(side, top, "\n".join(lines), fontsize=11, fontweight="bold")
-    top += 20 * len(lines) + 6
+    first = top
+    title, meaning = legend
+    text(side, top, "\n".join(title), fontsize=11, fontweight="bold")
+    top += 20 * len(title) + 6
     bar = axes(side, top, _SIDE_PX, 18)
     # As they are seen: over the white of the glass, or by themselves.
     shown = 255 - (255 - lookup_table(colours.map_name).astype(np.float64)) * opacity
@@ -238,15 +275,13 @@ def _draw_legend(
     )
     ticks = colours.ticks()
     bar.set_yticks([])
-    bar.set_xticks(colours.positions(np.array(ticks)), [_number(tick, colours) for tick in ticks])
+    bar.set_xticks(colours.positions(np.array(ticks)), [colours.tick_text(tick) for tick in ticks])
     bar.tick_params(length=4, labelsize=9, colors=_INK)
     for line in bar.spines.values():
         line.set_linewidth(0.6)
     top += 18 + 36
-    lines = textwrap.wrap(_EXPLAINED[colours.scale], 52)
-    lines += ["The same colours on every slide of the cohort."]
-    text(side, top, "\n".join(lines), fontsize=9, color=_QUIET, linespacing=1.5)
-    return top + 19 * len(lines) + 22
+    text(side, top, "\n".join(meaning), fontsize=9, color=_QUIET, linespacing=1.5)
+    return first + _legend_px(legend)
 
 
 def _draw_scale_bar(axes: Any, text: Any, places: TilePlaces, frame: MaskFrame, top: int) -> None:
@@ -257,19 +292,3 @@ def _draw_scale_bar(axes: Any, text: Any, places: TilePlaces, frame: MaskFrame, 
     bar.set_xticks([])
     bar.set_yticks([])
     text(_MARGIN_PX, top + 24, label, fontsize=10)
-
-
-def _number(value: float, colours: ColourScale) -> str:
-    if colours.logarithmic:
-        return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}"
-    return f"{value:g}".replace("-", "−")
-
-
-_EXPLAINED = {
-    "ratio": "1× is what each tile would weigh if all weighed the same; 4× is four times that.",
-    "logit": "Higher speaks more for it; comparable between slides of the same model only.",
-    "percentile": "90: nine tenths of this slide's own tiles score lower. Says nothing of other "
-    "slides.",
-    "probability": "What the model would say of a slide that were this tile alone.",
-    "contribution": "Red adds to the class's logit, blue takes from it.",
-}

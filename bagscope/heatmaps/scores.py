@@ -48,33 +48,40 @@ class Column:
     index: int | None
 
 
-def scales_for(kind: ScoreKind, task: str | None) -> tuple[ScaleName, ...]:
+def scales_for(
+    kind: ScoreKind, task: str | None, *, contributions: bool = False
+) -> tuple[ScaleName, ...]:
     """Return the scales that scores of a kind can be shown on, the usual one first.
 
     Args:
         kind: what a score is.
         task: of the model's target; None where it is not known or there are several.
+        contributions: whether it is known what tiles add to the logits.
     """
+    added: tuple[ScaleName, ...] = ("contribution",) if contributions else ()
     if kind == "log_weight":
-        return ("ratio", "logit", "percentile")
+        return ("ratio", "logit", "percentile", *added)
     if kind == "instance_logit" and task in ("classes", "multilabel"):
-        return ("probability", "logit", "percentile")
-    return ("logit", "percentile")
+        return ("probability", "logit", "percentile", *added)
+    return ("logit", "percentile", *added)
 
 
-def require_scale(scale: ScaleName | None, kind: ScoreKind, task: str | None) -> ScaleName:
+def require_scale(
+    scale: ScaleName | None, kind: ScoreKind, task: str | None, *, contributions: bool = False
+) -> ScaleName:
     """Return the scale to show, the usual one if None.
 
     Raises:
         ConfigError: scores of this kind can't be shown on it; says why and on which they can.
     """
-    possible = scales_for(kind, task)
+    possible = scales_for(kind, task, contributions=contributions)
     if scale is None or scale in possible:
         return scale or possible[0]
     why = {
         "ratio": "has no attention weights",
         "probability": "does not score each tile as one of several classes",
-        "contribution": "states no contributions in its score files",
+        "contribution": "states no contributions in its score files: its logits are no sum over "
+        "tiles, or the scores are of an older bagscope (predict anew)",
     }[scale]
     raise ConfigError(
         f"--scale {scale}: the model {why} (its scores are of kind {kind}); choose one of "

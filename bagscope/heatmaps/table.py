@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,11 +24,13 @@ def write_table(
     *,
     slide_id: str,
     grid: NDArray[np.int32] | None = None,
+    facts: Mapping[str, float] | None = None,
 ) -> None:
     """Write a table atomically, as CSV or Parquet by the path's ending.
 
     Columns: slide_id, tile (its row in the feature file), x_l0 and y_l0 (top-left corner),
-    extent_l0, column and row where there is a lattice, and one of each measurement.
+    extent_l0, column and row where there is a lattice, one of each measurement, and one of each of
+    the slide's own facts, the same in every row; an empty cell is a number that is not known.
     """
     count = len(places)
     columns: dict[str, NDArray[np.generic]] = {
@@ -39,6 +42,7 @@ def write_table(
     if grid is not None:
         columns |= {"column": grid[:, 0], "row": grid[:, 1]}
     columns |= {name: np.asarray(values, np.float64) for name, values in measurements.items()}
+    columns |= {name: np.full(count, value, np.float64) for name, value in (facts or {}).items()}
     with atomic_file(path) as temporary:
         if path.suffix == ".parquet":
             _write_parquet(temporary, columns, slide_id)
@@ -48,7 +52,7 @@ def write_table(
 
 def _write_csv(path: Path, columns: Mapping[str, NDArray[np.generic]], slide_id: str) -> None:
     texts = [
-        [f"{value:.{_DIGITS}g}" for value in array.tolist()]
+        ["" if math.isnan(value) else f"{value:.{_DIGITS}g}" for value in array.tolist()]
         if array.dtype.kind == "f"
         else array.tolist()
         for array in columns.values()

@@ -16,8 +16,9 @@ from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.errors import ArtifactError, ConfigError
-from bagscope.heatmaps.choices import DEFAULT_FORMATS, FORMATS, MAX_TILES, ScaleName
-from bagscope.heatmaps.scores import Column, on_scale, pick_column, require_scale
+from bagscope.heatmaps.choices import DEFAULT_FORMATS, FORMATS, MAX_TILES, ScaleName, Shows
+from bagscope.heatmaps.judgement import judgement_of
+from bagscope.heatmaps.scores import Column, pick_column, require_scale
 from bagscope.pipeline.bundle import SCORES_NAME
 from bagscope.pipeline.heatmap_captions import CaseCaption, read_captions
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, RunSpec, Study, open_study
@@ -43,6 +44,7 @@ class HeatmapRequest:
         slides: ids; all if empty.
         scale: of the scores; the usual one of the model's kind if None.
         class_name: whose scores are drawn, where there are several.
+        shows: the scores, or how far the members are apart.
         formats: of the files.
         frame: where the (0, 0) of GeoJSON and rasters lies.
         levels: from which score on a region is hot; the scale's usual ones if None.
@@ -57,6 +59,7 @@ class HeatmapRequest:
     slides: tuple[str, ...] = ()
     scale: ScaleName | None = None
     class_name: str | None = None
+    shows: Shows = "score"
     formats: tuple[str, ...] = DEFAULT_FORMATS
     frame: Frame = "qupath"
     levels: tuple[float, ...] | None = None
@@ -97,6 +100,7 @@ class HeatmapTask:
     levels: tuple[float, ...] | None
     max_tiles: int
     overwrite: bool
+    shows: Shows = "score"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +114,7 @@ class PlannedHeatmaps:
         of: whose scores are drawn; empty where a model has but one column, or their mean.
         tasks: by slide.
         notes: sentences that the user should see.
+        doubted: slides whose heatmaps are not to be believed; each says why.
     """
 
     folder: Path
@@ -121,6 +126,7 @@ class PlannedHeatmaps:
     of: str
     tasks: Mapping[str, HeatmapTask]
     notes: tuple[str, ...]
+    doubted: tuple[str, ...]
 
 
 def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
@@ -135,21 +141,25 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
     wanted = _wanted(request.slides, tuple(files))
     first = next(iter(files.values()))
     task = task_of(request.place, study)
-    scale = require_scale(request.scale, first.score_kind, task)
+    scale = require_scale(
+        request.scale, first.score_kind, task, contributions=first.contributions is not None
+    )
+    _require_several_members(request, scale, files)
     captions = read_captions(request.place / "predictions.csv")
     columns = {
         slide_id: pick_column(
-            file.score_names, request.class_name, captions[file.case_id].predicted
+            _names(file, scale), request.class_name, captions[file.case_id].predicted
         )
         for slide_id, file in files.items()
     }
     colours, unusable = _colours(request, files, columns, scale, task)
-    names = first.score_names
+    names = _names(first, scale)
     by_prediction = request.class_name is None and len(names) > 2 and not names[0].isdigit()
     of = "the predicted class" if by_prediction else columns[first.slide_id].name
-    drawn = f"{scale}-predicted" if by_prediction else f"{scale}-{of}" if of else scale
+    shown = f"disagreement-{scale}" if request.shows == "disagreement" else scale
+    drawn = f"{shown}-predicted" if by_prediction else f"{shown}-{of}" if of else shown
     if artifacts.portable_name_problem(drawn):
-        drawn = f"{scale}-{names.index(of)}"
+        drawn = f"{shown}-{names.index(of)}"
     folder = request.out or (study.folder / "heatmaps" / name if study else None)
     if folder is None:
         raise ConfigError(f"{request.place}: in no study; name where the output goes with --out")
@@ -173,6 +183,7 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
             levels=request.levels,
             max_tiles=request.max_tiles,
             overwrite=request.overwrite,
+            shows=request.shows,
         )
         for slide_id in wanted
     }
@@ -186,6 +197,11 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
         of=of,
         tasks=tasks,
         notes=(*notes, *unusable),
+        doubted=tuple(
+            slide_id
+            for slide_id in wanted
+            if judgement_of(files[slide_id], scale, columns[slide_id].name).warning
+        ),
     )
 
 
@@ -267,6 +283,30 @@ def score_files(place: Path) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
     return files, tuple(damaged)
 
 
+def _names(file: ScoreFile, scale: ScaleName) -> tuple[str, ...]:
+    """Return what the columns are of that a scale is made of."""
+    return file.contribution_names if scale == "contribution" else file.score_names
+
+
+def _require_several_members(
+    request: HeatmapRequest, scale: ScaleName, files: Mapping[str, ScoreFile]
+) -> None:
+    from bagscope.heatmaps.layers import has_disagreement
+
+    if request.shows == "score":
+        return
+    if scale == "contribution":
+        raise ConfigError(
+            "--show disagreement: of contributions the score files hold the members' mean alone; "
+            "choose another --scale"
+        )
+    if not any(has_disagreement(file) for file in files.values()):
+        raise ConfigError(
+            f"--show disagreement: one model alone answered about each slide of {request.place}; "
+            "predict with the ensemble (--members ensemble), or train with --repeats"
+        )
+
+
 def _wanted(slides: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
     for slide_id in slides:
         if slide_id not in there:
@@ -298,27 +338,24 @@ def _colours(
     task: str | None,
 ) -> tuple[ColourScale, tuple[str, ...]]:
     """Return the colours of all slides, and what stands in the way of some."""
-    from bagscope.heatmaps.bag_scores import bag_scores
     from bagscope.heatmaps.colours import shared_scale, usual_range
+    from bagscope.heatmaps.layers import LayerKind, layer_values
 
-    limits = request.limits
+    limits, shows = request.limits, request.shows
     if limits is not None and not limits[0] < limits[1]:
         raise ConfigError(f"--range {limits[0]:g} {limits[1]:g}: the second must be the larger")
-    if limits is not None and scale == "ratio" and limits[0] <= 0:
+    is_ratio = scale == "ratio" and shows == "score"
+    if limits is not None and is_ratio and limits[0] <= 0:
         raise ConfigError(f"--range {limits[0]:g} …: a ratio is above 0; start above it")
     ranges, notes = [], []
-    if limits is None and scale in ("ratio", "logit"):
+    fixed = shows == "score" and scale in ("percentile", "probability")
+    if limits is None and not fixed:
         for slide_id, file in files.items():
+            kind = LayerKind(scale=scale, shows=shows, column=columns[slide_id])
             try:
-                values = on_scale(
-                    file.scores,
-                    file.score_kind,
-                    scale,
-                    columns[slide_id],
-                    bag_scores=bag_scores(file, files),
-                )
-                ranges.append(usual_range(values))
+                ranges.append(usual_range(layer_values(file, kind, files, task)))
             except ArtifactError as error:
-                notes.append(f"{slide_id}: {error}")
-    kind = next(iter(files.values())).score_kind
-    return shared_scale(scale, kind, ranges, limits=limits), tuple(notes)
+                notes.append(f"{slide_id}: {str(error).removeprefix(f'{slide_id}: ')}")
+    score_kind = next(iter(files.values())).score_kind
+    colours = shared_scale(scale, score_kind, ranges, limits=limits, shows=shows)
+    return colours, tuple(notes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,20 @@ from bagscope import artifacts
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import StageResult
 from bagscope.errors import ArtifactError, SchemaError
-from bagscope.heatmaps.bag_scores import bag_scores, slides_of_bag
+from bagscope.heatmaps.bag_scores import slides_of_bag
+from bagscope.heatmaps.choices import Shows
 from bagscope.heatmaps.geojson import write_geojson
+from bagscope.heatmaps.judgement import Judgement, agreement_text, judgement_of
+from bagscope.heatmaps.layers import (
+    LayerKind,
+    contribution_columns,
+    has_disagreement,
+    layer_values,
+)
 from bagscope.heatmaps.ome_tiff import Content, write_ome_tiff
 from bagscope.heatmaps.ome_zarr import write_ome_zarr
 from bagscope.heatmaps.overview import Caption, draw_overview, picture_frame, slide_picture
-from bagscope.heatmaps.scores import Column, on_scale, scales_for
+from bagscope.heatmaps.scores import Column, scales_for
 from bagscope.heatmaps.table import write_table
 from bagscope.heatmaps.tile_places import TilePlaces, places_of, require_same_slide
 from bagscope.mil.score_file import ScoreFile, read_score_file
@@ -30,10 +40,39 @@ from bagscope.wsi.opening import open_slide
 from bagscope.wsi.outline import TISSUE, Region
 from bagscope.wsi.tile_file import TileFile, read_tile_file
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised by hand, with a changelog line, when the same scores would be drawn differently."""
 
 Measured = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """A slide's heatmap before it is written.
+
+    Attributes:
+        values: (n,) that are drawn, on the scale of the task's colours.
+        measured: (n,) by name, of every scale and column that there is.
+        judgement: whether the heatmap can be believed.
+        tissue: its outline, where the tiling is there.
+    """
+
+    task: HeatmapTask
+    file: ScoreFile
+    places: TilePlaces
+    values: NDArray[np.float64]
+    measured: Measured
+    judgement: Judgement
+    tissue: Sequence[Region]
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Return what tables and regions say of the heatmap as a whole; NaN where not known."""
+        score = self.judgement.score
+        return {
+            "faithfulness": math.nan if score is None else score,
+            "faithfulness_warning": float(bool(self.judgement.warning)),
+        }
 
 
 def heatmap_task(task: HeatmapTask) -> StageResult:
@@ -68,8 +107,15 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
                 outcome="skipped", fingerprint=artifacts.fingerprint(fields), facts=facts
             )
     measured = _measured(task, file)
-    values = measured[_measurement(task.scale, task.column, file)]
-    tissue = _tissue(tiles)
+    drawing = Drawing(
+        task=task,
+        file=file,
+        places=places,
+        values=measured[_measurement(_kind(task), file)],
+        measured=measured,
+        judgement=judgement_of(file, task.scale, task.column.name),
+        tissue=_tissue(tiles),
+    )
     warnings = list(places.notes)
     if slide is None and places.is_slide:
         where = "is in no cohort of this study" if task.slide is None else "is not at its path"
@@ -78,11 +124,11 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
         formats: list[str] = fields["formats"]
         pictures = [name for name in formats if name in ("png", "svg")]
         if pictures:
-            for name, content in _overview(task, pictures, places, values, slide).items():
+            for name, content in _overview(drawing, pictures, slide).items():
                 artifacts.write_bytes(folder / f"overview.{name}", content)
         for name in formats:
             if name not in pictures:
-                warnings += _write(task, folder, name, file, places, values, measured, tissue)
+                warnings += _write(drawing, folder, name)
     return StageResult(
         outcome="done",
         fingerprint=artifacts.fingerprint(fields),
@@ -97,12 +143,15 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
 def _fields(
     task: HeatmapTask, file: ScoreFile, slide: Path | None, tiles: TileFile | None
 ) -> dict[str, Json]:
+    judgement = judgement_of(file, task.scale, task.column.name)
     return {
         "stage": "heatmap",
         "numerics": NUMERICS,
         "scores": artifacts.fingerprint(file.fields),
         "scale": task.scale,
         "class": task.column.name,
+        "shows": task.shows,
+        "faithfulness": {"score": judgement.score, "warning": judgement.warning},
         "colours": task.colours.fields(),
         "caption": task.caption.text,
         "source": task.source,
@@ -144,49 +193,64 @@ def _compared(fields: Mapping[str, Json], other: Mapping[str, Json]) -> dict[str
 # --- numbers --------------------------------------------------------------------------------
 
 
+def _kind(task: HeatmapTask) -> LayerKind:
+    return LayerKind(scale=task.scale, shows=task.shows, column=task.column)
+
+
 def _measured(task: HeatmapTask, file: ScoreFile) -> Measured:
-    """Return every column of the scores on every scale that it has."""
+    """Return every column of the scores on every scale that it has, and what else is known."""
     others = {
         slide_id: read_score_file(task.scores.with_name(f"{slide_id}.h5"))
         for slide_id in slides_of_bag(file)
         if slide_id != file.slide_id
     }
-    bag = bag_scores(file, others)
     columns = [Column(name=name, index=i) for i, name in enumerate(file.score_names)]
+    if len(columns) == 1:
+        columns = [Column(name="", index=0)]
     if task.column.index is None:
         columns.append(task.column)
-    return {
-        _measurement(scale, column, file): on_scale(
-            file.scores, file.score_kind, scale, column, bag_scores=bag, task=task.task
-        )
+    shows: tuple[Shows, ...] = ("score", "disagreement") if has_disagreement(file) else ("score",)
+    kinds = [
+        LayerKind(scale=scale, shows=show, column=column)
+        for show in shows
         for scale in scales_for(file.score_kind, task.task)
         for column in columns
-    }
+    ]
+    if file.contributions is not None:
+        kinds += [
+            LayerKind(scale="contribution", shows="score", column=column)
+            for column in contribution_columns(file)
+        ]
+    if _kind(task) not in kinds:  # asked of a file that has no such numbers: it says why
+        layer_values(file, _kind(task), others, task.task)
+    return {_measurement(kind, file): layer_values(file, kind, others, task.task) for kind in kinds}
 
 
-def _measurement(scale: str, column: Column, file: ScoreFile) -> str:
-    if len(file.score_names) == 1:
-        return scale
-    return f"{scale}_mean" if column.index is None else f"{scale}_{file.score_names[column.index]}"
+def _measurement(kind: LayerKind, file: ScoreFile) -> str:
+    name = f"disagreement_{kind.scale}" if kind.shows == "disagreement" else kind.scale
+    if kind.scale != "contribution" and len(file.score_names) == 1:
+        return name
+    if kind.column.index is None:
+        return f"{name}_mean"
+    names = file.contribution_names if kind.scale == "contribution" else file.score_names
+    return name if len(names) == 1 else f"{name}_{names[kind.column.index]}"
 
 
 # --- files ----------------------------------------------------------------------------------
 
 
-def _write(
-    task: HeatmapTask,
-    folder: Path,
-    name: str,
-    file: ScoreFile,
-    places: TilePlaces,
-    values: NDArray[np.float64],
-    measured: Measured,
-    tissue: Sequence[Region],
-) -> Sequence[str]:
+def _write(drawing: Drawing, folder: Path, name: str) -> Sequence[str]:
     """Write one format into a folder; return sentences for the user."""
-    slide_id, of = task.slide_id, task.column.name
+    task, places = drawing.task, drawing.places
     if name in ("csv", "parquet"):
-        write_table(folder / f"tiles.{name}", places, measured, slide_id=slide_id, grid=file.grid)
+        write_table(
+            folder / f"tiles.{name}",
+            places,
+            drawing.measured,
+            slide_id=task.slide_id,
+            grid=drawing.file.grid,
+            facts=drawing.facts,
+        )
     elif name in ("ome-tiff", "ome-zarr"):
         write, ending = {
             "ome-tiff": (write_ome_tiff, "ome.tif"),
@@ -197,50 +261,60 @@ def _write(
             write(
                 folder / f"{content}.{ending}",
                 places,
-                values,
+                drawing.values,
                 task.colours,
                 content,
-                slide_id=slide_id,
-                of=of,
+                slide_id=task.slide_id,
+                of=task.column.name,
                 frame=task.frame,
             )
     else:
         return write_geojson(
             folder / f"heatmap.{name}",
             places,
-            values,
+            drawing.values,
             task.colours,
-            slide_id=slide_id,
-            measurements=measured,
+            slide_id=task.slide_id,
+            measurements=drawing.measured,
             levels=task.levels,
             max_tiles=task.max_tiles,
-            tissue=tissue,
+            tissue=drawing.tissue,
             frame=task.frame,
+            about={"heatmap": _about(task, drawing.judgement)},
+            facts={name: one for name, one in drawing.facts.items() if math.isfinite(one)},
         )
     return ()
 
 
-def _overview(
-    task: HeatmapTask,
-    formats: Sequence[str],
-    places: TilePlaces,
-    values: NDArray[np.float64],
-    slide: Path | None,
-) -> dict[str, bytes]:
+def _about(task: HeatmapTask, judgement: Judgement) -> dict[str, Json]:
+    return {
+        "shows": task.shows,
+        "scale": task.scale,
+        "class": task.column.name,
+        "faithfulness": judgement.score,
+        "warning": judgement.warning,
+    }
+
+
+def _overview(drawing: Drawing, formats: Sequence[str], slide: Path | None) -> dict[str, bytes]:
+    task, places = drawing.task, drawing.places
     frame, rgb = picture_frame(places), None
     if slide is not None:
         with open_slide(slide, mpp=task.slide_mpp, scene=scene_of(task.slide_id)) as opened:
             require_same_slide(places, opened.info, task.slide_id)
             rgb = slide_picture(opened, frame)
+    told = (drawing.judgement.text, agreement_text(drawing.file))
     caption = Caption(
         slide_id=task.slide_id,
         prediction=task.caption.text,
         of=task.column.name,
         source=task.source,
-        remarks=() if rgb is not None else ("drawn without the slide",),
+        warning=drawing.judgement.warning,
+        remarks=[one for one in told if one]
+        + ([] if rgb is not None else ["drawn without the slide"]),
     )
     return draw_overview(
-        places, values, task.colours, caption, rgb=rgb, frame=frame, formats=formats
+        places, drawing.values, task.colours, caption, rgb=rgb, frame=frame, formats=formats
     )
 
 

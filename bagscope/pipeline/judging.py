@@ -111,7 +111,7 @@ def _shown(
             values = answer.contributions[:, place].astype(np.float64)
             yield Shown(
                 basis="contributions",
-                column=name if classes else target.name,
+                column=name if classes else "",
                 heatmap=Heatmap(values, place),
             )
 

@@ -98,13 +98,16 @@ def region_texts(
     slide_name: str,
     frame: Frame,
     class_names: Iterable[str],
+    about: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """Yield the parts of the text of `dump_regions`, for more regions than memory should hold.
 
-    `class_names` are those of all regions: they are stated before the first.
+    `class_names` are those of all regions: they are stated before the first, and so is what else
+    is to be said `about` them.
     """
     shift = (bounds_l0.x_l0, bounds_l0.y_l0) if frame == "qupath" else (0, 0)
-    about = {
+    stated = {
+        **(about or {}),
         "schema": "regions",
         "schema_version": SCHEMA_VERSION,
         "slide": slide_name,
@@ -119,7 +122,7 @@ def region_texts(
     }
     times_seen: Counter[uuid.UUID] = Counter()
     between = (
-        f'{{"type":"FeatureCollection","bagscope":{canonical_json(about).decode()},"features":[\n'
+        f'{{"type":"FeatureCollection","bagscope":{canonical_json(stated).decode()},"features":[\n'
     )
     for region in regions:
         geometry = _geometry_text(region.polygons, shift)
