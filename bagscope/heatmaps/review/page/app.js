@@ -53,6 +53,8 @@
       return;
     }
     const own = ++opening;
+    // The one before must not answer for this one while it is being read.
+    if (bagscope.currentSlide()) bagscope.closeSlide();
     shownKey = slide.key;
     byId("cohort-view").hidden = true;
     byId("slide-view").hidden = false;

@@ -34,20 +34,29 @@
     const write = bagscope.writerOf(target);
     const isShare = write === bagscope.share && answer.value !== null;
     const words = el("span", {}, el("b", {}, answer.text));
-    if (isShare) words.append(el("span", { class: "number" }, ` ${write(answer.value)}`));
+    const valued = bagscope.valuedClass(answer);
+    if (isShare) {
+      // A share of another class than the answer's is named, or it would read as the answer's own.
+      const name = valued && valued !== answer.text ? ` · ${valued}` : "";
+      words.append(el("span", { class: "number" }, `${name} ${write(answer.value)}`));
+    }
     const interval = bagscope.intervalOf(answer, write);
     if (interval) words.append(el("span", { class: "number quiet" }, ` ${interval}`));
     if (!isShare) return words;
     const bar = el("span", { class: "answer-bar", "aria-hidden": "true" }, el("span", {}));
     bar.firstChild.style.width = `${100 * Math.min(Math.max(answer.value, 0), 1)}%`;
+    if ((target.threshold ?? null) !== null) {
+      bar.append(el("span", { class: "cut", title: `threshold ${brief(target.threshold)}` }));
+      bar.lastChild.style.left = `${100 * target.threshold}%`;
+    }
     return el("span", { class: "answer" }, words, bar);
   }
 
   function faithCell(slide) {
     const faith = slide.faithfulness;
-    if (!faith) return el("span", { class: "quiet" }, "–");
+    if ((faith?.score ?? null) === null && !faith?.warning) return el("span", { class: "quiet" }, "–");
     if (!faith.warning) return el("span", { class: "number" }, brief(faith.score));
-    return el("span", { class: "chip caution", title: faith.warning }, `⚠ ${brief(faith.score)}`);
+    return el("span", { class: "chip caution", title: faith.warning }, `⚠ ${faith.score === null ? "" : brief(faith.score)}`);
   }
 
   function verdictCell(slide) {

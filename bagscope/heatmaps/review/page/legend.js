@@ -17,7 +17,7 @@
     drawCounts(values, lut);
     const ticks = layer.ticks.map(([value, text]) => {
       const tick = el("span", {}, text);
-      tick.style.left = `${100 * bagscope.positionOf(layer, value)}%`;
+      tick.style.left = `${100 * bagscope.placeOf(layer, value)}%`;
       return tick;
     });
     byId("legend-ticks").replaceChildren(...ticks);
@@ -68,7 +68,7 @@
   function pointAt(value) {
     const pointer = byId("legend-pointer");
     pointer.hidden = value === null;
-    if (value !== null) pointer.style.left = `${100 * bagscope.positionOf(layer, value)}%`;
+    if (value !== null) pointer.style.left = `${100 * bagscope.placeOf(layer, value)}%`;
   }
 
   function showAnnotationLegend(annotations) {

@@ -21,7 +21,7 @@
     ["classes", "multilabel", "ordinal"].includes(target?.task) ? share : brief;
 
   /** Return 0 at `low`, 1 at `high`, kept within; NaN stays. */
-  function positionOf(layer, value) {
+  function placeOf(layer, value) {
     let [low, high] = [layer.low, layer.high];
     if (layer.log) {
       [low, high] = [Math.log(low), Math.log(high)];
@@ -32,7 +32,7 @@
   }
 
   /** Which of the 256 colours: as the files of the same heatmap choose it. */
-  const colourIndexOf = (layer, value) => Math.min(Math.floor(positionOf(layer, value) * 256), 255);
+  const colourIndexOf = (layer, value) => Math.min(Math.floor(placeOf(layer, value) * 256), 255);
 
   function lengthText(um) {
     return um >= 1000 ? `${brief(um / 1000)} mm` : `${brief(um)} µm`;
@@ -51,7 +51,14 @@
     return `${write(answer.low)}–${write(answer.high)}`;
   }
 
+  /** The class whose probability an answer's value is; of two classes, that of the positive. */
+  function valuedClass(answer) {
+    const known = Object.entries(answer.probabilities ?? {});
+    return known.find(([, value]) => Math.abs(value - answer.value) < 1e-6)?.[0] ?? "";
+  }
+
   Object.assign(bagscope, {
-    whole, brief, share, positionOf, colourIndexOf, lengthText, roundLength, writerOf, intervalOf,
+    whole, brief, share, placeOf, colourIndexOf, lengthText, roundLength, writerOf, intervalOf,
+    valuedClass,
   });
 })(window.bagscope);

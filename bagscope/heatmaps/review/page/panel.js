@@ -61,6 +61,8 @@
   function answerParts(answer, target) {
     const line = el("p", { class: "answer-line" }, el("b", { class: "answer-name" }, answer.text));
     const write = bagscope.writerOf(target);
+    const valued = bagscope.valuedClass(answer);
+    if (valued && valued !== answer.text) line.append(el("span", {}, valued));
     if (answer.value !== null && Number.isNaN(Number(answer.text))) {
       line.append(el("span", { class: "number answer-value" }, write(answer.value)));
     }
@@ -70,13 +72,13 @@
     if (!answer.probabilities) return parts;
     const rows = Object.entries(answer.probabilities).sort((a, b) => b[1] - a[1]).slice(0, 8);
     return [...parts, el("div", { class: "probabilities" }, ...rows.flatMap(([name, value]) =>
-      probabilityRow(name, value, name === answer.text ? answer : null, target)))];
+      probabilityRow(name, value, name === valued ? answer : null, target)))];
   }
 
   function probabilityRow(name, value, interval, target) {
     const bar = el("span", { class: "track", "aria-hidden": "true" }, el("span", { class: "filled" }));
     bar.firstChild.style.width = `${100 * value}%`;
-    if (interval && interval.low !== null && interval.low !== undefined && interval.value === value) {
+    if ((interval?.low ?? null) !== null) {
       const whisker = el("span", { class: "whisker" });
       whisker.style.left = `${100 * interval.low}%`;
       whisker.style.width = `${100 * (interval.high - interval.low)}%`;
@@ -114,8 +116,10 @@
       byId("faithfulness").replaceChildren(el("p", { class: "quiet" }, "Not measured for this slide."));
       return;
     }
-    const score = el("p", { class: "faith-line" },
-      el("b", { class: `number ${warning ? "bad" : ""}` }, brief(faith.score)), ` ${faith.text}`);
+    const number = (faith.score ?? null) === null
+      ? null
+      : el("b", { class: `number ${warning ? "bad" : ""}` }, brief(faith.score), " ");
+    const score = el("p", { class: "faith-line" }, number, faith.text);
     const plots = faith.curves ? [curves(faith.curves)] : [];
     byId("faithfulness").replaceChildren(score, ...plots);
   }
