@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from bagscope.pipeline.explain_options import Method
     from bagscope.pipeline.explain_summary import Summary
 
+_SHARES = ",".join(f"{share:g}" for share in SHARES)
+
 
 def explain(
     place: Annotated[
@@ -49,7 +51,7 @@ def explain(
     ] = None,
     shares: Annotated[
         str, typer.Option("--shares", help="of the hottest tiles to take out, and to keep alone")
-    ] = ",".join(f"{share:g}" for share in SHARES),
+    ] = _SHARES,
     dose_share: Annotated[
         float, typer.Option("--dose-share", help="of the hottest tiles to repeat")
     ] = ExplainOptions().dose_share,

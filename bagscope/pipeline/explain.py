@@ -20,10 +20,11 @@ from bagscope.artifacts import Json
 from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
-from bagscope.errors import ArtifactError, BagscopeError, ConfigError, FingerprintMismatch
+from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
 from bagscope.pipeline.bundle import SCORES_NAME, scoring_threads
 from bagscope.pipeline.explain_options import ExplainOptions, require_options
-from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, RunSpec, Study, open_study
+from bagscope.pipeline.heatmap import score_files, study_of
+from bagscope.pipeline.study import RunSpec, Study
 from bagscope.pipeline.tile import run_options
 from bagscope.specs import did_you_mean
 
@@ -156,8 +157,8 @@ def plan_explanations(request: ExplainRequest) -> PlannedExplanations:
     """
     options = request.options
     require_options(options)
-    study, name = _study_of(request)
-    files, notes = _score_files(request.place)
+    study, name = study_of(request.place, request.workers)
+    files, notes = score_files(request.place)
     bundle, folders = _members(request, study, files)
     target, task, classes = _target(bundle, options)
     location = _features(request, study, files)
@@ -237,41 +238,6 @@ def explain_one(job: Job) -> StageResult:
 
 
 # --- where ----------------------------------------------------------------------------------
-
-
-def _study_of(request: ExplainRequest) -> tuple[Study | None, str]:
-    """Return the study that a run or a prediction lies in, and the name of its explanations."""
-    place = request.place.resolve()
-    if not place.is_dir():
-        raise ConfigError(f"{request.place}: no such folder; name a run, or a prediction")
-    for above, name in (
-        (place.parents[1], place.name),
-        (place.parents[min(2, len(place.parents) - 1)], f"{place.parent.name}.{place.name}"),
-    ):
-        if (above / STUDY_NAME).exists() or (above / COHORT_NAME).exists():
-            return open_study(above, {"run": {"workers": request.workers}}), name
-    return None, place.name
-
-
-def _score_files(place: Path) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
-    """Return the readable score files by slide, and a sentence on each that is not."""
-    from bagscope.mil.score_file import read_score_file
-
-    folder = place / SCORES_NAME
-    paths = sorted(folder.glob("[!.]*.h5"))
-    if not paths:
-        raise ConfigError(
-            f"{folder}: no scores there; name a run that has come to its end, or a prediction"
-        )
-    files, damaged = {}, []
-    for path in paths:
-        try:
-            files[path.stem] = read_score_file(path)
-        except ArtifactError as error:
-            damaged.append(str(error))
-    if not files:
-        raise ConfigError(damaged[0])
-    return files, tuple(damaged)
 
 
 def _is_run(place: Path) -> bool:

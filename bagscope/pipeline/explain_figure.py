@@ -23,6 +23,7 @@ _PANEL_INCHES, _HEIGHT_INCHES = 3.6, 4.0
 _DPI = 150
 _LETTERS_PER_INCH = 13
 _HOT, _SEARCHED = SERIES[1], SERIES[2]
+_LABELS = ("random tiles: 95 %", "random tiles: mean", "hottest tiles")
 _DASHED = (0, (4, 3))
 
 
@@ -78,6 +79,8 @@ def draw(shown: Shown) -> bytes | None:
         figure.suptitle(
             shown.title, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK
         )
+        handles, labels = every[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
         lines = textwrap.wrap(shown.verdict, int(width * _LETTERS_PER_INCH))
         figure.supxlabel("\n".join(lines), x=0.012, ha="left", fontsize=9.5, color=SOFT)
         png = io.BytesIO()
@@ -100,9 +103,9 @@ def _curves(axes: Axes, shown: Shown, judged: Faithfulness, panel: str) -> None:
     assert own is not None and random is not None
     shares = _percent(own)
     low, high = np.quantile(random.answers, [0.025, 0.975], axis=0)
-    axes.fill_between(shares, low, high, color=LINE, linewidth=0, label="random: 95 % of orders")
-    axes.plot(shares, random.answers.mean(axis=0), color=SOFT, label="random: mean")
-    axes.plot(shares, own.answers[0], color=_HOT, marker="o", markersize=3.5, label="hottest first")
+    axes.fill_between(shares, low, high, color=LINE, linewidth=0, label=_LABELS[0])
+    axes.plot(shares, random.answers.mean(axis=0), color=SOFT, label=_LABELS[1])
+    axes.plot(shares, own.answers[0], color=_HOT, marker="o", markersize=3.5, label=_LABELS[2])
     if is_deletion and shown.high is not None:
         removed = 100 * np.arange(len(shown.high.answers)) / shown.high.tiles
         axes.plot(
@@ -114,8 +117,6 @@ def _curves(axes: Axes, shown: Shown, judged: Faithfulness, panel: str) -> None:
         )
     axes.set_title("Hot tiles taken out" if is_deletion else "Hot tiles alone")
     axes.set_xlabel("tiles taken out (%)" if is_deletion else "tiles in the bag (%)")
-    if is_deletion:
-        axes.legend(loc="best")
 
 
 def _doses(axes: Axes, shown: Shown) -> None:
@@ -123,9 +124,9 @@ def _doses(axes: Axes, shown: Shown) -> None:
     own = [effect.effect.after[shown.column] for _, effect in shown.doses]
     controls: list[Array] = [effect.controls[:, shown.column] for _, effect in shown.doses]
     low, high = np.quantile(np.stack(controls), [0.025, 0.975], axis=1)
-    axes.fill_between(places, low, high, color=LINE, linewidth=0)
-    axes.plot(places, [one.mean() for one in controls], color=SOFT)
-    axes.plot(places, own, color=_HOT, marker="o", markersize=4.5)
+    axes.fill_between(places, low, high, color=LINE, linewidth=0, label=_LABELS[0])
+    axes.plot(places, [one.mean() for one in controls], color=SOFT, label=_LABELS[1])
+    axes.plot(places, own, color=_HOT, marker="o", markersize=3.5, label=_LABELS[2])
     axes.set_xticks(places, ["none" if not n else f"×{n}" for n, _ in shown.doses])
     axes.set_title("Dose–response")
     axes.set_xlabel(f"copies of the hottest {100 * shown.dose_share:.3g} % in the bag")

@@ -87,11 +87,11 @@ def require_options(options: ExplainOptions) -> None:
             raise ConfigError(f"--methods: no method {name!r}{did_you_mean(name, METHODS)}")
     if not options.wanted:
         raise ConfigError(f"--methods names none; choose of {', '.join(METHODS)}")
-    for name, values in (("--shares", options.shares), ("--dose-share", (options.dose_share,))):
+    for option, values in (("--shares", options.shares), ("--dose-share", (options.dose_share,))):
         bad = [value for value in values if not 0 < value < 1]
         if bad or not values:
             shown = f"has {bad[0]:g}" if bad else "is empty"
-            raise ConfigError(f"{name} {shown}; write shares above 0 and below 1, as 0.01,0.05")
+            raise ConfigError(f"{option} {shown}; write shares above 0 and below 1, as 0.01,0.05")
     if options.rounds is not None and options.rounds < 1:
         raise ConfigError(f"--rounds is {options.rounds}; it must be 1 or more")
     if options.controls < 1:

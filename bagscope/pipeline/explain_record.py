@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from bagscope import __version__
 from bagscope.artifacts import Json
-from bagscope.mil.explain.effects import Controlled
+from bagscope.mil.explain.effects import ROUNDING, Controlled
 from bagscope.mil.explain.faithfulness import Curves, Faithfulness
+from bagscope.mil.explain.question import Array
 from bagscope.mil.explain.search import Search
 from bagscope.pipeline.explain_annotations import or_none
 from bagscope.pipeline.explain_case import Explained
@@ -61,15 +64,29 @@ def record_of(explained: Explained) -> dict[str, Json]:
     return record
 
 
-def control_columns(measured: Sequence[Controlled]) -> dict[str, list[float]]:
-    """Return a table's columns of the random edits beside each effect."""
-    names = measured[0].effect.columns
+def control_columns(measured: Sequence[tuple[str, Controlled]]) -> dict[str, list[float]]:
+    """Return a table's columns of the random edits beside each experiment's effect."""
+    names = measured[0][1].effect.columns
+    chances = [chance_of(experiment, one) for experiment, one in measured]
     table: dict[str, list[float]] = {}
     for place, name in enumerate(names):
-        table[f"random_after_{name}"] = [float(one.controls[:, place].mean()) for one in measured]
-        table[f"excess_{name}"] = [float(one.excess[place]) for one in measured]
-        table[f"p_{name}"] = [float(one.p_value[place]) for one in measured]
+        random = [float(one.controls[:, place].mean()) for _, one in measured]
+        table[f"random_after_{name}"] = random
+        table[f"excess_{name}"] = [float(one.excess[place]) for _, one in measured]
+        table[f"p_{name}"] = [float(chance[place]) for chance in chances]
     return table
+
+
+def chance_of(experiment: str, one: Controlled) -> Array:
+    """Return (A,) how often random tiles do as well: (1 + those) / (1 + draws).
+
+    Tiles suffice where the answer stays, so that as well is at least as high an answer; in all
+    other experiments it is at least as large a change, either way.
+    """
+    if experiment != "sufficiency":
+        return one.p_value
+    reached = one.controls >= one.effect.after - ROUNDING
+    return np.asarray((1 + reached.sum(axis=0)) / (1 + len(reached)))
 
 
 def shown_of(explained: Explained) -> Shown:
@@ -79,7 +96,7 @@ def shown_of(explained: Explained) -> Shown:
     answer = columns[asked.column]
     is_probability = task.task in ("classes", "ordinal", "multilabel")
     value = float(explained.answers[asked.column])
-    title = f"{task.case_id}: {task.target} = {answer}, p = {value:.2f}"
+    title = f"{task.case_id}: {task.target} {answer}, probability {value:.2f}"
     if not is_probability:
         title = f"{task.case_id}: {answer} {value:.3g}"
     hottest = [one for experiment, one in parts.effects if experiment == "dose–response"][
@@ -116,7 +133,10 @@ def sentences(explained: Explained) -> list[str]:
         f"{answer} is {before:.3g}{decision}, by {whose} ({len(task.members)}), from "
         f"{len(asked.scores):,} tiles."
     ]
-    found += [_effect_sentence(one, answer, asked.column, columns) for one in _told(explained)]
+    found += [
+        _effect_sentence(experiment, one, asked.column, columns)
+        for experiment, one in _told(explained)
+    ]
     found += [
         _search_sentence(name, one, answer, len(asked.scores))
         for name, one in parts.searches.items()
@@ -134,28 +154,31 @@ def sentences(explained: Explained) -> list[str]:
     return found
 
 
-def _told(explained: Explained) -> list[Controlled]:
+def _told(explained: Explained) -> list[tuple[str, Controlled]]:
     """Return the effects that are worth a sentence: of each experiment the share of the doses."""
     share = f"hottest {100 * explained.task.options.dose_share:.4g} %"
-    chosen = []
-    for experiment, one in explained.parts.effects:
-        name = one.effect.intervention
-        is_usual = share in name or "annotated" in name or "region" in name
-        if is_usual and experiment != "dose–response":
-            chosen.append(one)
-    return chosen
+    return [
+        (experiment, one)
+        for experiment, one in explained.parts.effects
+        if experiment != "dose–response"
+        and any(word in one.effect.intervention for word in (share, "annotated", "region"))
+    ]
 
 
-def _effect_sentence(one: Controlled, answer: str, column: int, columns: Sequence[str]) -> str:
-    effect = one.effect
-    after, p_value = float(effect.after[column]), float(one.p_value[column])
-    tiles = len(effect.removed) or len(effect.added)
+def _effect_sentence(experiment: str, one: Controlled, column: int, columns: Sequence[str]) -> str:
+    effect, answer = one.effect, columns[column]
+    after, chance = float(effect.after[column]), float(chance_of(experiment, one)[column])
+    if experiment == "sufficiency":
+        tiles = effect.tiles_after
+    else:
+        tiles = len(effect.removed) or len(effect.added)
     what = effect.intervention[:1].upper() + effect.intervention[1:]
     flips = f"; the decision becomes {columns[effect.decision_after]}" if effect.flips else ""
-    beside = "" if p_value <= _CERTAIN else ", not told apart from chance"
+    beside = "" if chance <= _CERTAIN else ", not told apart from chance"
     return (
-        f"{what} ({tiles:,} tiles): {answer} {effect.before[column]:.3g} → {after:.3g}; as many "
-        f"random tiles: {one.controls[:, column].mean():.3g} (p = {p_value:.2g}{beside}){flips}."
+        f"{what} ({tiles:,} of {effect.tiles_before:,} tiles): {answer} "
+        f"{effect.before[column]:.3g} → {after:.3g}; as many random tiles: "
+        f"{one.controls[:, column].mean():.3g} (p = {chance:.2g}{beside}){flips}."
     )
 
 
@@ -232,7 +255,7 @@ def _effect(experiment: str, one: Controlled) -> dict[str, Json]:
         "decision_before": columns[effect.decision_before] if effect.decision_before >= 0 else None,
         "decision_after": columns[effect.decision_after] if effect.decision_after >= 0 else None,
         "random_after": one.controls.mean(axis=0).tolist(),
-        "p": one.p_value.tolist(),
+        "p": chance_of(experiment, one).tolist(),
     }
 
 

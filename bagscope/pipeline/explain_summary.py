@@ -325,15 +325,15 @@ def _sentences(
         )
     agreed = _agreement(records)
     if agreed is not None and agreed["rank_correlation"] is not None:
-        seen = (
-            " (all but one saw each case in training)" if agreed["saw_the_case_in_training"] else ""
-        )
+        seen = ""
+        if agreed["saw_the_case_in_training"]:
+            seen = " (all but those that answer saw a case in training)"
         said.append(
             f"The folds' members{seen} agree on the order of tiles to a rank correlation of "
             f"{agreed['rank_correlation']:.2f}."
         )
     if annotations is not None:
-        said += _annotation_sentences(annotations)
+        said += _annotation_sentences(annotations, records[0]["scores"]["scale"])
     return said
 
 
@@ -362,16 +362,17 @@ def _row_sentence(row: _Row) -> str:
     reach = (
         "too few patients for an interval"
         if math.isnan(change.low)
-        else f"{change.low:+.2f} to {change.high:+.2f}"
+        else f"{_signed(change.low)} to {_signed(change.high)}"
     )
-    flips = f"; {found.flips} decisions change" if row.group != EVERY else ""
+    decisions = "1 decision changes" if found.flips == 1 else f"{found.flips} decisions change"
+    flips = f"; {decisions}" if row.group != EVERY else ""
     return (
-        f"{what}: {found.column} {change.difference:+.2f} ({reach}) over {group}, "
-        f"{row.random:+.2f} with as many random tiles{flips}."
+        f"{what}: {found.column} {_signed(change.difference)} ({reach}) over {group}, "
+        f"{_signed(row.random)} with as many random tiles{flips}."
     )
 
 
-def _annotation_sentences(found: Mapping[str, Any]) -> list[str]:
+def _annotation_sentences(found: Mapping[str, Any], scale: str) -> list[str]:
     estimates = found["estimates"]
     said = [
         f"Against annotations of {found['slides']} slides: tile AUROC "
@@ -380,12 +381,17 @@ def _annotation_sentences(found: Mapping[str, Any]) -> list[str]:
     ]
     if found["lesions"]:
         said.append(
-            f"Of {found['lesions']} lesions on {found['slides_with_lesions']} slides, "
-            f"{estimate_text(estimates['lesion_sensitivity'])} are found at "
-            f"{found['threshold']:g}, with {found['false_positives_per_slide']:.1f} false "
-            f"positives a slide; FROC score {estimate_text(estimates['froc'])}."
+            f"Of {found['lesions']} lesions on {found['slides_with_lesions']} slides, a share of "
+            f"{estimate_text(estimates['lesion_sensitivity'])} is found at {scale} ≥ "
+            f"{found['threshold']:g}, with {found['false_positives_per_slide']:.1f} false positives "
+            f"a slide; FROC score {estimate_text(estimates['froc'])}."
         )
     return said
+
+
+def _signed(value: float) -> str:
+    # Adding zero turns a rounded -0.0 into 0.0.
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def _text(value: float) -> str:

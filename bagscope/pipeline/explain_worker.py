@@ -144,7 +144,7 @@ def _write(folder: Path, explained: Explained) -> None:
         effects = [controlled.effect for _, controlled in parts.effects]
         table = effect_table(effects)
         experiments = {"experiment": [experiment for experiment, _ in parts.effects]}
-        controls = control_columns([controlled for _, controlled in parts.effects])
+        controls = control_columns(parts.effects)
         _write_csv(folder / EFFECTS_NAME, {**experiments, **table, **controls})
     if parts.searches:
         tables = {name: search_table(subject, one) for name, one in parts.searches.items()}
