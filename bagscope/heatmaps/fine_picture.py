@@ -32,6 +32,10 @@ _DPI = 100
 _MARGIN_PX, _GAP_PX = 36, 24
 _HEADER_PX, _TITLE_PX, _FOOTER_PX = 96, 28, 118
 _LEGEND_PX = 420
+_ALERT = "#fde2c4"
+_WARNING_SIZE = 12.0
+_LETTER_PX_PER_POINT = 0.95
+"""How wide a letter of the font is, generously."""
 _INK, _QUIET = "#1a1a1a", "#5c5c5c"
 
 
@@ -98,6 +102,7 @@ def draw_fine(
     of: str = "",
     mpp: float | None = None,
     remarks: Sequence[str] = (),
+    warning: str = "",
 ) -> bytes:
     """Return the picture as PNG: the slide, and the heatmaps over it in grey.
 
@@ -110,11 +115,12 @@ def draw_fine(
         of: whose scores are shown: a class, or empty.
         mpp: micrometres per level-0 pixel; no scale bar without.
         remarks: sentences below.
+        warning: why the heatmap is not to be believed; empty where it can be.
     """
     from matplotlib import rc_context
 
     with rc_context({"font.family": "DejaVu Sans", "text.parse_math": False}):
-        figure = _figure(rgb, panels, frame, colours, slide_id, of, mpp, remarks)
+        figure = _figure(rgb, panels, frame, colours, slide_id, of, mpp, remarks, warning)
         content = io.BytesIO()
         how: dict[str, Any] = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 3}}
         figure.savefig(content, format="png", dpi=_DPI, **how)
@@ -130,6 +136,7 @@ def _figure(
     of: str,
     mpp: float | None,
     remarks: Sequence[str],
+    warning: str,
 ) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -137,7 +144,11 @@ def _figure(
     height, width = frame.shape
     each_px = max(width, 300)
     page_w = 2 * _MARGIN_PX + (1 + len(panels)) * (each_px + _GAP_PX) - _GAP_PX
-    page_h = _HEADER_PX + _TITLE_PX + height + _FOOTER_PX
+    letters = int((page_w - 2 * _MARGIN_PX - 24) / _LETTER_PX_PER_POINT / _WARNING_SIZE)
+    warned = textwrap.wrap(f"Not to be believed. {warning}", letters) if warning else []
+    band_px = 16 + 20 * len(warned) if warned else 0
+    first = _HEADER_PX + band_px + (14 if warned else 0)
+    page_h = first + _TITLE_PX + height + _FOOTER_PX
     figure = Figure(figsize=(page_w / _DPI, page_h / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -157,12 +168,16 @@ def _figure(
     place = f"x {frame.origin_x_l0:.0f}, y {frame.origin_y_l0:.0f}"
     size = f"{width * frame.px_l0_x:.0f} × {height * frame.px_l0_y:.0f} level-0 pixels"
     text(_MARGIN_PX, 56, f"A region at {place}, {size}", fontsize=11, color=_QUIET)
+    if warned:
+        axes(_MARGIN_PX, _HEADER_PX, page_w - 2 * _MARGIN_PX, band_px).set_facecolor(_ALERT)
+        text(_MARGIN_PX + 12, _HEADER_PX + 8, "\n".join(warned), fontsize=_WARNING_SIZE,
+             linespacing=1.25)  # fmt: skip
     pictures = [("The slide", rgb)]
     pictures += [(panel.title, blend(rgb, panel.scores, colours)) for panel in panels]
-    top = _HEADER_PX + _TITLE_PX
+    top = first + _TITLE_PX
     for number, (title, picture) in enumerate(pictures):
         left = _MARGIN_PX + number * (each_px + _GAP_PX)
-        text(left, _HEADER_PX, title, fontsize=10.5, fontweight="bold")
+        text(left, first, title, fontsize=10.5, fontweight="bold")
         axes(left, top, width, height).imshow(picture, interpolation="none", aspect="auto")
     below = top + height + 18
     if mpp is not None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bagscope.artifacts import portable_name_problem
 from bagscope.errors import SlideError, first_line
+from bagscope.heatmaps.choices import GalleryOptions
 from bagscope.heatmaps.tile_places import TilePlaces
 from bagscope.wsi.geometry import ReadPlan, plan_read
 from bagscope.wsi.opening import BackendName, open_slide
@@ -69,22 +70,6 @@ class GalleryPart:
     of: str
     values: NDArray[np.floating[Any]]
     colours: ColourScale
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GalleryOptions:
-    """What a gallery shows.
-
-    Attributes:
-        count: tiles at either end.
-        apart: least distance between two of them, in tile edges from corner to corner; with 0
-            neighbours count as finds of their own.
-        context: surroundings on every side of a tile, in tile edges.
-    """
-
-    count: int = 12
-    apart: float = 2.0
-    context: float = 0.0
 
 
 # --- which tiles ----------------------------------------------------------------------------
@@ -280,6 +265,7 @@ def write_gallery(
     tile_px: float | None,
     options: GalleryOptions,
     source: str = "",
+    warning: str = "",
 ) -> tuple[str, ...]:
     """Write a gallery into a folder that is made: a JPEG per tile, a table, a picture per part.
 
@@ -292,6 +278,7 @@ def write_gallery(
         tile_px: edge of the model's tiles, None where it is not known.
         options: which tiles, and how.
         source: where the scores come from, for the picture.
+        warning: why the heatmap is not to be believed; empty where it can be.
 
     Returns:
         Sentences for the user.
@@ -322,7 +309,14 @@ def write_gallery(
                 rows.append([side, rank, part.of, row, f"{value:.9g}", x_l0, y_l0, file])
                 shown.append(Shown(side=side, rank=rank, row=row, value=value, image=image))
         sheet = draw_sheet(
-            shown, part, places, locator, slide_id=slide_id, options=options, source=source
+            shown,
+            part,
+            places,
+            locator,
+            slide_id=slide_id,
+            options=options,
+            source=source,
+            warning=warning,
         )
         (folder / f"gallery{name}.png").write_bytes(sheet)
     (folder / CSV_NAME).write_text(_table(rows), encoding="utf-8")

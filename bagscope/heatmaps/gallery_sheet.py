@@ -22,7 +22,8 @@ from bagscope.wsi.overlay import scale_bar
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from bagscope.heatmaps.gallery import GalleryOptions, GalleryPart, Side
+    from bagscope.heatmaps.choices import GalleryOptions
+    from bagscope.heatmaps.gallery import GalleryPart, Side
     from bagscope.wsi.slide import Slide
 
 _DPI = 100
@@ -38,6 +39,8 @@ _BLOCK_PX = 36
 _FOOTER_PX = 66
 _LOCATOR_PX, _LOCATOR_TALL_PX = 440, 820
 _EDGE_RGB = (200, 200, 200)
+_ALERT = "#fde2c4"
+_WARNING_SIZE = 12.0
 _INK, _QUIET = "#1a1a1a", "#5c5c5c"
 _SIDE_COLOURS = {"top": "#d55e00", "bottom": "#0072b2"}
 _SIDE_WORDS = {"top": "Highest", "bottom": "Lowest"}
@@ -96,6 +99,7 @@ def draw_sheet(
     slide_id: str,
     options: GalleryOptions,
     source: str = "",
+    warning: str = "",
 ) -> bytes:
     """Return the picture as PNG.
 
@@ -107,11 +111,12 @@ def draw_sheet(
         slide_id: as in the cohort.
         options: how the tiles were picked and cut.
         source: where the scores come from.
+        warning: why the heatmap is not to be believed; empty where it can be.
     """
     from matplotlib import rc_context
 
     with rc_context({"font.family": "DejaVu Sans", "text.parse_math": False}):
-        figure = _figure(shown, part, places, locator, slide_id, options, source)
+        figure = _figure(shown, part, places, locator, slide_id, options, source, warning)
         content = io.BytesIO()
         figure.savefig(
             content,
@@ -131,6 +136,7 @@ def _figure(
     slide_id: str,
     options: GalleryOptions,
     source: str,
+    warning: str,
 ) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -145,7 +151,11 @@ def _figure(
     body_px = sum(_BLOCK_PX + count * row_px for count in rows.values())
     place_h, place_w = locator.rgb.shape[:2]
     page_w = 3 * _MARGIN_PX + tiles_px + max(place_w, _LOCATOR_PX)
-    page_h = _HEADER_PX + max(body_px, place_h + 130) + _FOOTER_PX
+    letters = int((page_w - 2 * _MARGIN_PX - 24) / _LETTER_PX_PER_POINT / _WARNING_SIZE)
+    warned = textwrap.wrap(f"Not to be believed. {warning}", letters) if warning else []
+    band_px = 16 + 20 * len(warned) if warned else 0
+    first = _HEADER_PX + band_px + (14 if warned else 0)
+    page_h = first + max(body_px, place_h + 130) + _FOOTER_PX
     figure = Figure(figsize=(page_w / _DPI, page_h / _DPI), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
 
@@ -167,7 +177,12 @@ def _figure(
     text(_MARGIN_PX, 54, title, fontsize=13)
     text(_MARGIN_PX, 79, _said(blocks, places, options), fontsize=9, color=_QUIET)
 
-    top = _HEADER_PX
+    if warned:
+        axes(_MARGIN_PX, _HEADER_PX, page_w - 2 * _MARGIN_PX, band_px).set_facecolor(_ALERT)
+        text(_MARGIN_PX + 12, _HEADER_PX + 8, "\n".join(warned), fontsize=_WARNING_SIZE,
+             linespacing=1.25)  # fmt: skip
+
+    top = first
     for side, tiles in blocks.items():
         axes(_MARGIN_PX, top + 8, 12, 12).set_facecolor(_SIDE_COLOURS[side])
         text(_MARGIN_PX + 20, top + 5, _SIDE_WORDS[side], fontsize=12, fontweight="bold")
@@ -177,7 +192,8 @@ def _figure(
             _draw_tile(axes, text, tile, part, places, left, top + place // columns * row_px)
         top += rows[side] * row_px
     _draw_scale_bar(axes, text, shown, places, options, top + 4)
-    _draw_locator(axes, text, shown, places, locator, source, 2 * _MARGIN_PX + tiles_px)
+    corner = (2 * _MARGIN_PX + tiles_px, first)
+    _draw_locator(axes, text, shown, places, locator, source, corner)
     return figure
 
 
@@ -269,22 +285,23 @@ def _draw_locator(
     places: TilePlaces,
     locator: Locator,
     source: str,
-    left: int,
+    corner: tuple[int, int],
 ) -> None:
     """Show on the slide where the tiles lie, each with its rank."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     height, width = locator.rgb.shape[:2]
-    text(left, _HEADER_PX + 5, "Where they lie", fontsize=12, fontweight="bold")
-    top = _HEADER_PX + _BLOCK_PX
+    left, top = corner
+    text(left, top + 5, "Where they lie", fontsize=12, fontweight="bold")
+    top += _BLOCK_PX
     whole = axes(left, top, width, height)
     whole.imshow(locator.rgb, interpolation="none", aspect="auto")
     halo = [withStroke(linewidth=2.5, foreground="white")]
     # The best are drawn last, over the others.
     for tile in reversed(shown):
-        corner = places.coords_l0[tile.row].astype(np.float64)[None]
-        x, y = locator.frame.from_l0(corner)[0].tolist()
+        place_l0 = places.coords_l0[tile.row].astype(np.float64)[None]
+        x, y = locator.frame.from_l0(place_l0)[0].tolist()
         edge = places.extent_l0 / locator.frame.px_l0_x
         colour = _SIDE_COLOURS[tile.side]
         box = Rectangle((x - 0.5, y - 0.5), edge, edge, fill=False, edgecolor=colour, linewidth=1.2)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bagscope import artifacts
 from bagscope.errors import ConfigError, SchemaError, SlideError
-from bagscope.heatmaps.choices import ScaleName
+from bagscope.heatmaps.choices import FINE_PARTS, ScaleName
 from bagscope.pipeline.heatmap import HeatmapRequest, HeatmapTask, plan_heatmaps, study_of
 from bagscope.wsi.geojson import Frame
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 NUMERICS = 1
 """Raised by hand, with a changelog line, when the same pass would give other numbers."""
-PARTS = 4
 MOST_TILES = 50_000
 PICTURE_NAME, REGIONS_NAME, TABLE_NAME = "fine.png", "fine.geojson", "fine.csv"
 
@@ -56,6 +55,7 @@ class FineRequest:
         parts: finer tiles along a step of the stored ones.
         model: the bundle; that of the run that scored the slide if None.
         out: folder for the output; `heatmaps/<run>` of the study if None.
+        dry_run: find the tiles and encode none.
     """
 
     place: Path
@@ -65,10 +65,11 @@ class FineRequest:
     class_name: str | None = None
     frame: Frame = "qupath"
     limits: tuple[float, float] | None = None
-    parts: int = PARTS
+    parts: int = FINE_PARTS
     model: Path | None = None
     out: Path | None = None
     overwrite: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,7 @@ class FineResult:
 
     Attributes:
         folder: of the picture, the GeoJSON and the table.
-        tiles: finer ones that are scored; 0 where all was there.
+        tiles: finer ones that are scored, or would be; 0 where all was there.
         is_new: whether it was made now.
         warnings: sentences for the user.
     """
@@ -148,6 +149,8 @@ def draw_finer(request: FineRequest, tell: Tell = lambda said: None) -> FineResu
         found = finer_tiles(
             slide, tiles, region, parts=request.parts, most=MOST_TILES, threads=threads
         )
+        if request.dry_run:
+            return FineResult(folder=target, tiles=len(found), is_new=False)
         session = encoder_session(subject.study, record)
         seconds = len(found) * session.seconds_per_tile
         tell(f"{len(found):,} finer tiles to encode, about {seconds:.0f} s")
@@ -369,6 +372,7 @@ def _picture(
     import numpy as np
 
     from bagscope.heatmaps.fine_picture import Panel, draw_fine, region_frame
+    from bagscope.heatmaps.judgement import judgement_of
     from bagscope.heatmaps.layers import LayerKind, layer_values
     from bagscope.heatmaps.raster import raster
     from bagscope.wsi.reading import read_region_mpp
@@ -404,4 +408,5 @@ def _picture(
             "A pixel of the finer one is the mean of the tiles over it, each scored as if it stood "
             "in the slide's own bag. The prediction is not made of them.",
         ),
+        warning=judgement_of(subject.file, task.scale, task.column.name).warning,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,14 @@ from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.errors import ArtifactError, ConfigError
-from bagscope.heatmaps.choices import DEFAULT_FORMATS, FORMATS, MAX_TILES, ScaleName, Shows
+from bagscope.heatmaps.choices import (
+    DEFAULT_FORMATS,
+    FORMATS,
+    MAX_TILES,
+    GalleryOptions,
+    ScaleName,
+    Shows,
+)
 from bagscope.heatmaps.judgement import judgement_of
 from bagscope.heatmaps.scores import Column, pick_column, require_scale
 from bagscope.pipeline.bundle import SCORES_NAME
@@ -53,6 +60,7 @@ class HeatmapRequest:
         out: folder for the output; `heatmaps/<run>` of the study if None.
         workers: processes; the study's setting if None.
         shard: (i, n), to draw the i-th of n parts of the slides.
+        gallery: which tiles, where `gallery` is among the formats.
     """
 
     place: Path
@@ -69,6 +77,7 @@ class HeatmapRequest:
     workers: int | None = None
     overwrite: bool = False
     shard: tuple[int, int] | None = None
+    gallery: GalleryOptions = field(default_factory=GalleryOptions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +110,7 @@ class HeatmapTask:
     max_tiles: int
     overwrite: bool
     shows: Shows = "score"
+    gallery: GalleryOptions = field(default_factory=GalleryOptions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +194,7 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
             max_tiles=request.max_tiles,
             overwrite=request.overwrite,
             shows=request.shows,
+            gallery=request.gallery,
         )
         for slide_id in wanted
     }
@@ -200,14 +211,15 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
         doubted=tuple(
             slide_id
             for slide_id in wanted
-            if judgement_of(files[slide_id], scale, columns[slide_id].name).warning
+            if request.shows == "score"
+            and judgement_of(files[slide_id], scale, columns[slide_id].name).warning
         ),
     )
 
 
 def draw_heatmaps(planned: PlannedHeatmaps, request: HeatmapRequest, report: Reporter) -> RunReport:
     """Draw planned heatmaps; resumes where an earlier call stopped."""
-    pictures = {"png", "svg"}.intersection(request.formats)
+    pictures = {"png", "svg", "gallery"}.intersection(request.formats)
     modules = (*WORKER_MODULES, *(_PICTURE_MODULES if pictures else ()))
     options = run_options(planned.run, request.shard, "local", preload=modules)
     folders = tuple(task.target.parent for task in planned.tasks.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,10 @@ from numpy.typing import NDArray
 from bagscope import artifacts
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import StageResult
-from bagscope.errors import ArtifactError, SchemaError
+from bagscope.errors import ArtifactError, SchemaError, SlideError
 from bagscope.heatmaps.bag_scores import slides_of_bag
-from bagscope.heatmaps.choices import Shows
+from bagscope.heatmaps.choices import GalleryOptions, Shows
+from bagscope.heatmaps.gallery import GalleryPart, open_as_tiled, write_gallery
 from bagscope.heatmaps.geojson import write_geojson
 from bagscope.heatmaps.judgement import Judgement, agreement_text, judgement_of
 from bagscope.heatmaps.layers import (
@@ -24,6 +27,7 @@ from bagscope.heatmaps.layers import (
     contribution_columns,
     has_disagreement,
     layer_values,
+    score_columns,
 )
 from bagscope.heatmaps.ome_tiff import Content, write_ome_tiff
 from bagscope.heatmaps.ome_zarr import write_ome_zarr
@@ -42,6 +46,8 @@ from bagscope.wsi.tile_file import TileFile, read_tile_file
 
 NUMERICS = 2
 """Raised by hand, with a changelog line, when the same scores would be drawn differently."""
+
+GALLERY = "gallery"
 
 Measured = dict[str, NDArray[np.float64]]
 
@@ -94,6 +100,9 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
     fields = _fields(task, file, slide, tiles)
     stored = _stored(task.target)
     facts: dict[str, Json] = {"tiles": len(places)}
+    warnings = list(places.notes)
+    if slide is None and GALLERY in task.formats:
+        warnings.append(f"no gallery: {_where_it_is_not(task, places)}")
     if stored is not None and not task.overwrite:
         fields = _grown(fields, stored)
         artifacts.require_same(
@@ -104,7 +113,10 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
         )
         if fields == stored:
             return StageResult(
-                outcome="skipped", fingerprint=artifacts.fingerprint(fields), facts=facts
+                outcome="skipped",
+                fingerprint=artifacts.fingerprint(fields),
+                facts=facts,
+                warnings=tuple(warnings),
             )
     measured = _measured(task, file)
     drawing = Drawing(
@@ -116,10 +128,8 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
         judgement=judgement_of(file, task.scale, task.column.name),
         tissue=_tissue(tiles),
     )
-    warnings = list(places.notes)
     if slide is None and places.is_slide:
-        where = "is in no cohort of this study" if task.slide is None else "is not at its path"
-        warnings.append(f"the slide {where}: its tiles are drawn alone")
+        warnings.append(f"{_where_it_is_not(task, places)}: its tiles are drawn alone")
     with artifacts.atomic_folder(task.target, fields, replace=True) as folder:
         formats: list[str] = fields["formats"]
         pictures = [name for name in formats if name in ("png", "svg")]
@@ -127,7 +137,12 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
             for name, content in _overview(drawing, pictures, slide).items():
                 artifacts.write_bytes(folder / f"overview.{name}", content)
         for name in formats:
-            if name not in pictures:
+            if name == GALLERY and slide is None:  # drawn when the slide was there
+                shutil.copytree(task.target / GALLERY, folder / GALLERY)
+            elif name == GALLERY and slide is not None:
+                options = GalleryOptions(**fields[GALLERY])
+                warnings += _gallery(drawing, folder, slide, tiles, options)
+            elif name not in pictures:
                 warnings += _write(drawing, folder, name)
     return StageResult(
         outcome="done",
@@ -144,6 +159,7 @@ def _fields(
     task: HeatmapTask, file: ScoreFile, slide: Path | None, tiles: TileFile | None
 ) -> dict[str, Json]:
     judgement = judgement_of(file, task.scale, task.column.name)
+    formats = [name for name in task.formats if name != GALLERY or slide is not None]
     return {
         "stage": "heatmap",
         "numerics": NUMERICS,
@@ -160,7 +176,8 @@ def _fields(
         "max_tiles": task.max_tiles,
         "tissue": None if tiles is None else artifacts.fingerprint({"": tiles.outline_geojson}),
         "slide": None if slide is None else slide_identity(slide),
-        "formats": sorted(task.formats),
+        "formats": sorted(formats),
+        GALLERY: dataclasses.asdict(task.gallery) if GALLERY in formats else None,
     }
 
 
@@ -179,14 +196,15 @@ def _grown(fields: dict[str, Json], stored: Mapping[str, Json]) -> dict[str, Jso
         **fields,
         "formats": sorted({*fields["formats"], *stored.get("formats", ())}),
         "slide": fields["slide"] or stored.get("slide"),
+        GALLERY: fields[GALLERY] or stored.get(GALLERY),
     }
 
 
 def _compared(fields: Mapping[str, Json], other: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the fields that must be the same; formats and a slide may be added."""
-    added = {"formats"} | (
-        {"slide"} if None in (fields.get("slide"), other.get("slide")) else set()
-    )
+    """Return the fields that must be the same; formats, a slide and a gallery may be added."""
+    added = {"formats"} | {
+        name for name in ("slide", GALLERY) if None in (fields.get(name), other.get(name))
+    }
     return {name: value for name, value in fields.items() if name not in added}
 
 
@@ -303,19 +321,82 @@ def _overview(drawing: Drawing, formats: Sequence[str], slide: Path | None) -> d
         with open_slide(slide, mpp=task.slide_mpp, scene=scene_of(task.slide_id)) as opened:
             require_same_slide(places, opened.info, task.slide_id)
             rgb = slide_picture(opened, frame)
-    told = (drawing.judgement.text, agreement_text(drawing.file))
+    # Of the members' disagreement no picture can be wrong: the warning is about the scores.
+    judgement, is_scores = drawing.judgement, task.shows == "score"
+    told = judgement.text if is_scores else f"Of the scores: {' '.join(judgement.sentences)}"
     caption = Caption(
         slide_id=task.slide_id,
         prediction=task.caption.text,
         of=task.column.name,
         source=task.source,
-        warning=drawing.judgement.warning,
-        remarks=[one for one in told if one]
-        + ([] if rgb is not None else ["drawn without the slide"]),
+        warning=judgement.warning if is_scores else "",
+        remarks=[
+            told,
+            *filter(None, [agreement_text(drawing.file)]),
+            *([] if rgb is not None else ["drawn without the slide"]),
+        ],
     )
     return draw_overview(
         places, drawing.values, task.colours, caption, rgb=rgb, frame=frame, formats=formats
     )
+
+
+def _gallery(
+    drawing: Drawing, folder: Path, slide: Path, tiles: TileFile | None, options: GalleryOptions
+) -> Sequence[str]:
+    """Cut a gallery's tiles; return sentences for the user."""
+    task, file = drawing.task, drawing.file
+    if tiles is not None and tiles.fields.get("slide") != slide_identity(slide):
+        raise SlideError(
+            f"{task.slide_id}: {slide.name} is not the file that was tiled (its size or content "
+            "changed), so its pixels are not what the model saw; correct its path in the cohort, "
+            "or tile, extract and predict anew"
+        )
+    opened, notes = open_as_tiled(
+        slide, file.tile, mpp=task.slide_mpp, scene=scene_of(task.slide_id)
+    )
+    with opened:
+        require_same_slide(drawing.places, opened.info, task.slide_id)
+        return (
+            *notes,
+            *write_gallery(
+                folder / GALLERY,
+                opened,
+                drawing.places,
+                _parts(drawing),
+                slide_id=task.slide_id,
+                tile_px=file.tile.get("tile_px"),
+                options=options,
+                source=task.source,
+                warning=drawing.judgement.warning,
+            ),
+        )
+
+
+def _parts(drawing: Drawing) -> list[GalleryPart]:
+    """Return what is drawn, and the other classes on the same scale."""
+    task, file = drawing.task, drawing.file
+    added = task.scale == "contribution"
+    columns = contribution_columns(file) if added else score_columns(file.score_names)
+    # Of two probabilities, one's highest are the other's lowest.
+    mirrored = len(columns) == 2 and task.scale == "probability"
+    others = () if task.shows == "disagreement" or mirrored else columns
+    kinds = [dataclasses.replace(_kind(task), column=column) for column in others]
+    return [
+        GalleryPart(
+            of=kind.column.name,
+            values=drawing.measured[_measurement(kind, file)],
+            colours=task.colours,
+        )
+        for kind in dict.fromkeys([_kind(task), *kinds])
+    ]
+
+
+def _where_it_is_not(task: HeatmapTask, places: TilePlaces) -> str:
+    if not places.is_slide:
+        return "this never was a slide"
+    where = "is in no cohort of this study" if task.slide is None else "is not at its path"
+    return f"the slide {where}"
 
 
 def _tissue(tiles: TileFile | None) -> tuple[Region, ...]:

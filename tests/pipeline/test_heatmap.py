@@ -53,7 +53,7 @@ def test_every_format_in_one_folder(tmp_path: Path) -> None:
     assert {path.name for path in task.target.iterdir()} == {
         *("complete.json", "overview.png", "overview.svg", "tiles.csv", "tiles.parquet"),
         *("heatmap.geojson", "heatmap.geojson.gz", "heatmap.geojson.zip"),
-        *("score.ome.tif", "colour.ome.tif", "score.ome.zarr", "colour.ome.zarr"),
+        *("score.ome.tif", "colour.ome.tif", "score.ome.zarr", "colour.ome.zarr", "gallery"),
     }
     assert artifacts.folder_faults(task.target) == []
     assert heatmap_task(task).outcome == "skipped"
