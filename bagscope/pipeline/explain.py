@@ -33,11 +33,8 @@ if TYPE_CHECKING:
     from bagscope.pipeline.predict_worker import MemberFolder
 
 STAGE = "explain"
-WORKER_MODULES = (
-    "bagscope.pipeline.explain_worker",
-    "matplotlib.figure",
-    "matplotlib.backends.backend_agg",
-)
+WORKER_MODULES = ("bagscope.pipeline.explain_worker",)
+_PICTURE_MODULES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
 TABLE_NAME = "predictions.csv"
 
 
@@ -219,7 +216,9 @@ def plan_explanations(request: ExplainRequest) -> PlannedExplanations:
 
 def explain(planned: PlannedExplanations, request: ExplainRequest, report: Reporter) -> RunReport:
     """Explain planned cases; resumes where an earlier call stopped."""
-    options = run_options(planned.run, request.shard, "local", preload=WORKER_MODULES)
+    shown = {"faithfulness", "dose"}.intersection(request.options.wanted)
+    modules = (*WORKER_MODULES, *(_PICTURE_MODULES if shown else ()))
+    options = run_options(planned.run, request.shard, "local", preload=modules)
     return run_cohort(
         [Job(slide_id=first, payload=task) for first, task in planned.tasks.items()],
         explain_one,

@@ -373,7 +373,7 @@ def _row_sentence(row: _Row) -> str:
 
 
 def _annotation_sentences(found: Mapping[str, Any], scale: str) -> list[str]:
-    estimates = found["estimates"]
+    estimates, threshold = found["estimates"], f"{scale} ≥ {found['threshold']:g}"
     said = [
         f"Against annotations of {found['slides']} slides: tile AUROC "
         f"{estimate_text(estimates['auroc'])}, AUPRC {estimate_text(estimates['auprc'])}, Dice "
@@ -382,9 +382,9 @@ def _annotation_sentences(found: Mapping[str, Any], scale: str) -> list[str]:
     if found["lesions"]:
         said.append(
             f"Of {found['lesions']} lesions on {found['slides_with_lesions']} slides, a share of "
-            f"{estimate_text(estimates['lesion_sensitivity'])} is found at {scale} ≥ "
-            f"{found['threshold']:g}, with {found['false_positives_per_slide']:.1f} false positives "
-            f"a slide; FROC score {estimate_text(estimates['froc'])}."
+            f"{estimate_text(estimates['lesion_sensitivity'])} is found at {threshold}, with "
+            f"{found['false_positives_per_slide']:.1f} false positives a slide; FROC score "
+            f"{estimate_text(estimates['froc'])}."
         )
     return said
 

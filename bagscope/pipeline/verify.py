@@ -16,7 +16,9 @@ from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, available_cores, op
 
 _FOLDER_SUFFIXES = (".zarr", ".bagscope")
 _SCORES = ("runs/*/scores/[!.]*.h5", "predictions/*/*/scores/[!.]*.h5")
-_STAGE_FOLDERS = ("tilings", "features", "runs", "predictions", "heatmaps", "review")
+_STAGE_FOLDERS = (
+    "tilings", "features", "runs", "predictions", "heatmaps", "explanations", "review",
+)  # fmt: skip
 
 Check = Callable[[], list[Fault]]
 

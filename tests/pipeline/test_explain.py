@@ -283,6 +283,36 @@ def test_what_is_there_is_kept_and_other_options_are_refused(run: Path, drawn: l
     assert explain_task(dataclasses.replace(other, overwrite=True)).outcome == "done"
 
 
+def test_stopped_anywhere_it_ends_at_the_same_bytes(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = task_of(run, "d", dataclasses.replace(FEW, methods=("necessity",)))
+    steps: list[str] = []
+    monkeypatch.setattr(artifacts, "observe_step", steps.append)
+    explain_task(task)
+    whole = {path.name: path.read_bytes() for path in task.folder.iterdir()}
+    outcomes = []
+    for place in range(len(steps)):
+        other = dataclasses.replace(task, folder=tmp_path / f"stopped-{place}")
+        left = [place]
+
+        def stop(name: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt(name)
+
+        monkeypatch.setattr(artifacts, "observe_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            explain_task(other)
+        monkeypatch.setattr(artifacts, "observe_step", None)
+        outcomes.append(explain_task(other).outcome)
+        assert {path.name: path.read_bytes() for path in other.folder.iterdir()} == whole
+    # Only once the folder had its name nothing was left to do.
+    made = outcomes.index("skipped")
+    assert outcomes == ["done"] * made + ["skipped"] * (len(steps) - made)
+    assert steps[made] == "after-rename"
+
+
 def test_a_single_tile_has_nothing_to_compare(tmp_path: Path) -> None:
     run = explainable_run(tmp_path / "study", {"one": 1, "two": 2})
     folder = explained(run, "one")
