@@ -31,6 +31,7 @@ from bagscope.cli.tile import tile
 from bagscope.cli.train import train
 from bagscope.cli.tune import tune
 from bagscope.cli.verify import verify
+from bagscope.cli.view import view
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
 
 app = typer.Typer(
@@ -71,6 +72,7 @@ for verb in (
     heatmap,
     review,
     explain,
+    view,
     convert,
     verify,
     run,

@@ -24,6 +24,9 @@ class MadeData:
         self.slides = slides
         self.asked: list[str] = []
 
+    def slide_at(self, key: str) -> SlideAt | None:
+        return self.slides[key]
+
     def cohort_script(self) -> bytes:
         self.asked.append("cohort")
         return b"bagscope.cohort({});"
@@ -50,8 +53,5 @@ def made_viewer(
 ) -> Viewer:
     """Return a viewer of runs of the same slides."""
     places = {key: None if path is None else SlideAt(path=path) for key, path in slides.items()}
-    served = {
-        name: ServedRun(name=name, about="3 slides", slides=places, data=MadeData(places))
-        for name in runs
-    }
+    served = {name: ServedRun(name=name, about="3 slides", data=MadeData(places)) for name in runs}
     return Viewer(served, PAGE, readers, cache_mib=cache_mib)

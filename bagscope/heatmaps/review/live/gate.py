@@ -26,7 +26,11 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+NOTHING = "There is nothing at this address; start at the list of runs, at /."
 METHODS = ("GET", "HEAD")
+MOST_URL_BYTES = 4 << 10
+MOST_HEADER_BYTES = 32 << 10
+"""Beside the server's own bound, which counts only what it has to wait for."""
 TOKEN_QUERY = "token"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -85,6 +89,15 @@ class Gate:
         if request.method not in METHODS:
             allow = {"allow": ", ".join(METHODS)}
             return sentence(405, "This viewer is read-only; ask with GET or HEAD.", allow)
+        if (
+            len(request.scope.get("raw_path", b"")) + len(request.scope["query_string"])
+            > MOST_URL_BYTES
+        ):
+            return sentence(414, "This address is longer than any of this viewer.")
+        if sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEADER_BYTES:
+            return sentence(431, "This request has more headers than this viewer reads.")
+        if any(letter < " " for letter in request.scope["path"]):
+            return sentence(404, NOTHING)
         site = headers.get("sec-fetch-site", "none")
         if site not in ("none", "same-origin") and headers.get("sec-fetch-mode") != "navigate":
             return sentence(403, "Pages of other sites may not embed what this viewer serves.")

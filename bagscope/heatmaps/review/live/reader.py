@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import Job, StageResult
-from bagscope.errors import ReadError
+from bagscope.errors import ReadError, SlideError
 from bagscope.heatmaps.gallery import open_as_tiled
 from bagscope.heatmaps.review.choices import QUALITY
 from bagscope.heatmaps.review.pyramid import (
@@ -44,12 +44,14 @@ class SlideAt:
         mpp: pixel size stated in the cohort's table.
         scene: image of a file that holds several.
         backend: that its tiles were read with, None where that is not known.
+        size_l0: width and height of the slide that its tiles were cut from.
     """
 
     path: Path
     mpp: float | None = None
     scene: int | None = None
     backend: str | None = None
+    size_l0: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,12 +131,21 @@ def opened(place: SlideAt) -> Slide:
     """Return the open slide, opening it and closing the oldest where need be.
 
     A worker does one thing at a time, so a slide that is closed here is never in use.
+
+    Raises:
+        SlideError: it can't be opened, or is another one than was scored.
     """
     slide = _open.pop(place, None)
     if slide is None:
-        slide, _ = open_as_tiled(
-            place.path, {"backend": place.backend}, mpp=place.mpp, scene=place.scene
-        )
+        tile = {"backend": place.backend}
+        slide, _ = open_as_tiled(place.path, tile, mpp=place.mpp, scene=place.scene)
+        found = slide.info.width_l0, slide.info.height_l0
+        if place.size_l0 is not None and place.size_l0 != found:
+            slide.close()
+            raise SlideError(
+                f"{place.path.name}: has {found[0]}×{found[1]} pixels, its tiles were cut from a "
+                f"slide of {place.size_l0[0]}×{place.size_l0[1]}; correct its path in the cohort"
+            )
     _open[place] = slide
     if len(_open) > OPEN_SLIDES:
         _open.popitem(last=False)[1].close()

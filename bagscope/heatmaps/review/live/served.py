@@ -11,7 +11,16 @@ if TYPE_CHECKING:
 
 
 class RunData(Protocol):
-    """What is computed of a run when a page asks for it; called from threads."""
+    """What is found out of a run when a page asks for it; called from threads."""
+
+    def slide_at(self, key: str) -> SlideAt | None:
+        """Return where a slide lies, None where nothing says.
+
+        Raises:
+            KeyError: the run has no such slide.
+            BagscopeError: the run can't be opened.
+        """
+        ...
 
     def cohort_script(self) -> bytes:
         """Return the script with the table of slides.
@@ -25,7 +34,7 @@ class RunData(Protocol):
         """Return the script of one slide.
 
         Args:
-            key: of the slide.
+            key: of a slide of the run.
             facts: what a worker said of the slide's file, None where it can't be read.
 
         Raises:
@@ -48,14 +57,12 @@ class ServedRun:
 
     Attributes:
         name: of the run, a part of its addresses.
-        about: a sentence for the list of runs.
-        slides: where each slide lies, by the key that addresses use; None where nothing says.
+        about: a few words for the list of runs.
         data: what the page asks for.
     """
 
     name: str
     about: str
-    slides: Mapping[str, SlideAt | None]
     data: RunData
 
 

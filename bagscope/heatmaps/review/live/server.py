@@ -9,8 +9,8 @@
     /<run>/slides/<key>/picture_files/<level>/<column>_<row>.jpg
     /<run>/slides/<key>/tiles/<name>.jpg            of the gallery
 
-Every name in an address is looked up in a table that was made at the start, and none is ever made
-part of a path, so there is no address that leads out of the study.
+Every name in an address is looked up among those of the runs, of a run's slides and of the page's
+files, and none is ever made part of a path, so there is no address that leads out of the study.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from starlette.routing import Route
 
 from bagscope.errors import BagscopeError, SlideError, in_one_line
 from bagscope.heatmaps.review.live.byte_cache import ByteCache
-from bagscope.heatmaps.review.live.gate import Gate, sentence
+from bagscope.heatmaps.review.live.gate import NOTHING, Gate, sentence
 from bagscope.heatmaps.review.live.reader import (
     FactsWanted,
     SlideAt,
@@ -63,7 +63,6 @@ _TYPES = {".css": "text/css", ".js": _SCRIPT, ".txt": "text/plain", ".svg": "ima
 _KEPT_BY_BROWSER = "private, no-cache"
 """Kept, but asked for again: the next viewer on this port may show other slides."""
 
-_NOTHING = "There is nothing at this address; start at the list of runs, at /."
 _NO_PICTURE = "This picture can't be read from its slide."
 _NO_DATA = "The data of this page can't be put together; the terminal of the viewer says why."
 _BUSY = "The viewer is reading as much as it may; ask again in a moment."
@@ -100,6 +99,7 @@ class Viewer:
         self._page = page
         self._readers = readers
         self.cache = ByteCache(round(cache_mib * (1 << 20)))
+        self._places: dict[tuple[str, str], SlideAt | None] = {}
         self._facts: dict[SlideAt, SlideFacts] = {}
         self._being_made: dict[Hashable, asyncio.Task[bytes]] = {}
         self._threads = anyio.CapacityLimiter(_THREADS)
@@ -177,7 +177,7 @@ class Viewer:
         return Response(await self._made_once((run.name, ""), make), media_type=_SCRIPT)
 
     async def _slide(self, request: Request) -> Response:
-        run, key, at = self._slide_of(request)
+        run, key, at = await self._slide_of(request)
         facts = None
         if at is not None:
             try:
@@ -195,13 +195,13 @@ class Viewer:
     # --- pictures ---------------------------------------------------------------------------
 
     async def _thumb(self, request: Request) -> Response:
-        _, _, at = self._slide_of(request)
+        _, _, at = await self._slide_of(request)
         if at is None:
             raise HTTPException(404)
         return await self._picture(request, ThumbWanted(slide=at))
 
     async def _tile(self, request: Request) -> Response:
-        _, _, at = self._slide_of(request)
+        _, _, at = await self._slide_of(request)
         address = _TILE.fullmatch(request.path_params["tile"])
         if address is None or at is None:
             raise HTTPException(404)
@@ -220,7 +220,7 @@ class Viewer:
             return Response(stripes, media_type=_JPEG)
 
     async def _gallery_tile(self, request: Request) -> Response:
-        run, key, _ = self._slide_of(request)
+        run, key, _ = await self._slide_of(request)
         name = request.path_params["name"]
         wanted = await self._in_thread(partial(run.data.gallery_tile, key, name))
         if wanted is None:
@@ -252,11 +252,15 @@ class Viewer:
             raise HTTPException(404)
         return run
 
-    def _slide_of(self, request: Request) -> tuple[ServedRun, str, SlideAt | None]:
+    async def _slide_of(self, request: Request) -> tuple[ServedRun, str, SlideAt | None]:
         run, key = self._run_of(request), request.path_params["key"]
-        if key not in run.slides:
-            raise HTTPException(404)
-        return run, key, run.slides[key]
+        if (run.name, key) not in self._places:
+            try:
+                at = await self._in_thread(partial(run.data.slide_at, key))
+            except KeyError:
+                raise HTTPException(404) from None
+            self._places[run.name, key] = at
+        return run, key, self._places[run.name, key]
 
     async def _facts_of(self, at: SlideAt) -> SlideFacts:
         if at not in self._facts:
@@ -303,7 +307,7 @@ class Viewer:
 
 
 async def _nothing_here(request: Request, error: Exception) -> Response:
-    return sentence(404, _NOTHING)
+    return sentence(404, NOTHING)
 
 
 async def _too_busy(request: Request, error: Exception) -> Response:
