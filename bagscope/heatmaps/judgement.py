@@ -70,7 +70,10 @@ def agreement_text(file: ScoreFile) -> str:
 def _of(entry: Mapping[str, Json]) -> Judgement:
     score = entry["score"]
     if score is None:
-        return Judgement(score=None, warning=entry["warning"], text="Not judged.", entry=entry)
+        why = "a single tile has nothing to be compared with"
+        return Judgement(
+            score=None, warning="", text=f"Faithfulness not judged: {why}.", entry=entry
+        )
     told = "no random order does as well" if _is_best(entry) else f"p = {entry['chance']:.2g}"
     text = (
         f"Faithfulness {score:.2f} (0: chance, 1: the most there can be; {told}), "

@@ -290,7 +290,9 @@ def score_files(place: Path) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
     if not files:
         raise ConfigError(damaged[0])
     kinds = {(file.score_kind, file.score_names) for file in files.values()}
-    if len(kinds) > 1:
+    # What an older bagscope wrote names no logits.
+    logits = {file.contribution_names for file in files.values()} - {()}
+    if len(kinds) > 1 or len(logits) > 1:
         raise ConfigError(f"{folder}: holds scores of different models; predict anew")
     return files, tuple(damaged)
 

@@ -33,7 +33,7 @@ from bagscope.mil.targets import TargetSpec
 
 PACKED_SHARES = (0.05, 0.2, 0.5)
 PACKED_ORDERS = 19
-PASSES = 1 + len(PACKED_SHARES) * (PACKED_ORDERS + 1)
+PASSES = 2 + len(PACKED_SHARES) * (PACKED_ORDERS + 1)
 """Over the tiles of a bag: most that judging costs a model without a closed form."""
 
 

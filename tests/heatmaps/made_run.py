@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +39,10 @@ def write_scores(
     case: dict[str, Json] | None = None,
     places: bool = True,
     width_l0: int = 512,
+    **known: Any,
 ) -> None:
-    """Write the score file of tiles on a lattice of four columns."""
-    count = len(scores)
+    """Write the score file of tiles on a lattice of four columns; `known` are further fields."""
+    count, members = len(scores), len(known.get("member_scores", [0]))
     grid = np.stack([np.arange(count) % 4, np.arange(count) // 4], axis=1).astype(np.int32)
     tile = {
         "width_l0": width_l0,
@@ -58,15 +60,16 @@ def write_scores(
             slide_id=slide_id,
             case_id=(case or {}).get("case", slide_id),
             fields=case or {"stage": "scores", "case": slide_id, "slides": {slide_id: "f"}},
-            members=("m",),
+            members=tuple(f"m{place}" for place in range(members)),
             scores=np.asarray(scores, np.float32),
             score_kind=kind,
             score_names=names,
             coords_l0=grid * TILE_PX if places else None,
             grid=grid if places else None,
             tile=tile if places else {},
-            logits=np.zeros((1, 2)),
-            embedding=np.zeros((1, 3), np.float32),
-            ood_distance=np.zeros(1),
+            logits=np.zeros((members, 2)),
+            embedding=np.zeros((members, 3), np.float32),
+            ood_distance=np.zeros(members),
+            **known,
         ),
     )

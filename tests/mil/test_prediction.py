@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -222,12 +223,18 @@ def made_file(**changes: object) -> ScoreFile:
         "logits": generator.normal(size=(2, 2)),
         "embedding": generator.normal(size=(2, 8)).astype(np.float32),
         "ood_distance": np.array([0.5, np.nan]),
+        "member_scores": generator.normal(size=(2, 300, 2)).astype(np.float32),
+        "contributions": generator.normal(size=(300, 2)).astype(np.float32),
+        "contribution_bias": generator.normal(size=2),
+        "contribution_names": ("no", "yes"),
+        "faithfulness": {"judged": [{"score": 0.5, "warning": "über"}], "agreement": None},
     }
     return ScoreFile(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_a_score_file_comes_back_as_it_was_and_is_the_same_bytes_again(tmp_path: Path) -> None:
-    for name, changes in (("s1", {}), ("s2", {"coords_l0": None, "grid": None})):
+    without = {"coords_l0": None, "grid": None, "contributions": None, "contribution_bias": None}
+    for name, changes in (("s1", {}), ("s2", without)):
         file = made_file(slide_id=name, **changes)
         path = tmp_path / f"{name}.h5"
         write_score_file(path, file)
@@ -243,6 +250,23 @@ def test_a_score_file_comes_back_as_it_was_and_is_the_same_bytes_again(tmp_path:
         before = path.read_bytes()
         write_score_file(path, file)
         assert path.read_bytes() == before
+
+
+def test_a_file_of_version_1_is_read_without_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "s1.h5"
+    write_score_file(path, made_file())
+    newer = ("member_scores", "contributions", "contribution_bias", "faithfulness")
+    with h5py.File(path, "r+") as file:
+        for name in newer:
+            del file[name]
+        del file.attrs["contribution_names"]
+        file.attrs["schema_version"] = 1
+        file.attrs["sha256"] = np.bytes_(artifacts.SEAL_BLANK)
+    artifacts.seal_file(path)
+    found = read_score_file(path)
+    assert all(getattr(found, name) is None for name in newer)
+    assert found.contribution_names == ()
+    np.testing.assert_array_equal(found.scores, made_file().scores)
 
 
 def test_every_changed_byte_is_found(tmp_path: Path) -> None:
@@ -271,6 +295,11 @@ def test_faults_of_content(tmp_path: Path) -> None:
     write_score_file(tmp_path / "s1.h5", made_file(logits=np.full((2, 2), np.inf)))
     assert "no finite numbers" in score_file_faults(tmp_path / "s1.h5")[0]
     write_score_file(tmp_path / "s1.h5", made_file(members=("a",)))
+    assert "contradict" in score_file_faults(tmp_path / "s1.h5")[0]
+    write_score_file(tmp_path / "s1.h5", made_file(contribution_names=("no",)))
+    assert "contradict" in score_file_faults(tmp_path / "s1.h5")[0]
+    short = np.zeros((2, 299, 2), np.float32)
+    write_score_file(tmp_path / "s1.h5", made_file(member_scores=short))
     assert "contradict" in score_file_faults(tmp_path / "s1.h5")[0]
     write_score_file(tmp_path / "s1.h5", made_file(score_kind="guess"))
     assert "score_kind is 'guess'" in score_file_faults(tmp_path / "s1.h5")[0]

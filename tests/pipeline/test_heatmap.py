@@ -13,6 +13,7 @@ from scipy import special
 from bagscope import artifacts
 from bagscope.errors import ArtifactError, ConfigError, FingerprintMismatch, SlideError
 from bagscope.heatmaps.choices import FORMATS
+from bagscope.mil.score_file import read_score_file, write_score_file
 from bagscope.pipeline.heatmap import HeatmapRequest, plan_heatmaps
 from bagscope.pipeline.heatmap_captions import read_captions
 from bagscope.pipeline.heatmap_worker import heatmap_task
@@ -228,3 +229,48 @@ def test_captions(tmp_path: Path) -> None:
     table.write_text("case_id,label,label_predicted,label_p_a,label_p_b\nx,a,b,0.3,0.7\n")
     assert read_captions(table)["x"].predicted == "b"
     assert read_captions(tmp_path / "none.csv")["x"].predicted is None
+
+
+def test_scores_for_other_logits_are_refused(tmp_path: Path) -> None:
+    """Attention is one column whatever the classes are: the logits' names tell models apart."""
+    run = made_study(tmp_path, ("a", "b"))
+    for slide_id, names in (("a", ("x", "y")), ("b", ("x", "z"))):
+        write_scores(
+            run,
+            slide_id,
+            log_weights(12),
+            contributions=np.zeros((12, 2), np.float32),
+            contribution_names=names,
+        )
+    with pytest.raises(ConfigError, match="different models"):
+        plan_heatmaps(HeatmapRequest(place=run))
+
+
+def test_tiles_of_another_slide_are_refused(tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a",))
+    write_scores(run, "a", log_weights(40))
+    (task,) = plan_heatmaps(HeatmapRequest(place=run)).tasks.values()
+    with pytest.raises(SlideError, match="these are the features of another slide"):
+        heatmap_task(task)
+    write_scores(run, "a", log_weights(12))
+    path = run / "scores" / "a.h5"
+    file = read_score_file(path)
+    assert file.grid is not None
+    write_score_file(path, dataclasses.replace(file, grid=file.grid[:11]))
+    with pytest.raises(ArtifactError, match="12 scores, but grid of 11 tiles; predict again"):
+        heatmap_task(task)
+
+
+def test_a_single_tile_is_drawn_and_its_picture_says_so(tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a",))
+    entry = {"basis": "scores", "column": "", "score": None, "warning": "A single tile: …"}
+    told = {"judged": [entry], "unjudged": "", "forward_passes": None, "agreement": None}
+    write_scores(run, "a", log_weights(1), faithfulness=told)
+    planned = plan_heatmaps(HeatmapRequest(place=run, formats=("svg", "csv")))
+    (task,) = planned.tasks.values()
+    assert planned.doubted == ()
+    heatmap_task(task)
+    picture = (task.target / "overview.svg").read_text(encoding="utf-8")
+    assert "a single tile has" in picture and "Not to be believed" not in picture
+    table = pd.read_csv(task.target / "tiles.csv")
+    assert table["ratio"].tolist() == [1.0] and table["faithfulness"].isna().all()

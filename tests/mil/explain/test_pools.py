@@ -20,7 +20,7 @@ from bagscope.mil.explain.pools import (
     pool_of,
     with_donors,
 )
-from bagscope.mil.explain.question import probabilities
+from bagscope.mil.explain.question import Question, probabilities
 from tests.mil.explain.made_models import CLOSED, EVERY, QUESTION, asked, bags, model
 
 MADE = bags(17, 9)
@@ -178,3 +178,26 @@ def test_donors_lie_beside_the_subject() -> None:
     assert joined.tile_um is not None and joined.tile_um.tolist() == [6.0, 4.0]
     bare = with_donors(placed(6, "s"), bags(4))
     assert bare.grid is None and bare.coords_l0 is None and bare.tile_row is None
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_beginnings_are_the_answers_to_their_bags(kind: str) -> None:
+    made, aggregator = bags(9, 4), model(kind)
+    orders = [np.random.default_rng(seed).permutation(13)[:8] for seed in range(2)]
+    pool = MeanPool([pool_of(aggregator, made, QUESTION)] * 2)
+    found = pool.beginnings(orders, [1, 3, 8])
+    for line, order in zip(found, orders, strict=True):
+        wanted = asked(aggregator, made, [order[:n] for n in (1, 3, 8)])
+        np.testing.assert_allclose(line, wanted, atol=1e-5)
+    assert pool.is_closed_form == (kind in CLOSED)
+
+
+def test_beginnings_without_the_heaviest_tile_are_exact() -> None:
+    """A weight of e^-900 beside the heaviest is nothing, and all there is without that tile."""
+    scores = torch.tensor([[0.0], [-900.0], [-901.0]], dtype=torch.float64)
+    values = torch.tensor([[[9.0, 0.0]], [[1.0, 0.0]], [[2.0, 0.0]]], dtype=torch.float64)
+    terms = PoolingTerms(scores=scores, values=values, bias=torch.zeros(2, dtype=torch.float64))
+    question = Question(columns=("a", "b"), read=lambda logits: logits)
+    found = AttentionPool(terms, question).beginnings([np.array([1, 2, 0])], [1, 2, 3])
+    by_hand = (1 + 2 * np.exp(-1)) / (1 + np.exp(-1))
+    np.testing.assert_allclose(found[0, :, 0], [1.0, by_hand, 9.0], rtol=1e-12)
