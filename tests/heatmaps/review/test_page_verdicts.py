@@ -43,6 +43,7 @@ def judge(page: Any, verdict: str, comment: str, reviewer: str = "Dr A") -> None
     page.locator("#slide-reviewer").fill(reviewer)
     page.get_by_role("radio", name=verdict, exact=True).check()
     page.locator("#comment").fill(comment)
+    page.keyboard.press("Escape")
 
 
 def exported(page: Any) -> str:
@@ -104,11 +105,14 @@ def test_an_import_replaces_ones_own_only_when_confirmed(browser: Any, bundle: P
     with watched_page(browser, bundle) as page:
         open_slide(page, bundle, "slide_0000")
         judge(page, "unsure", "mine")
-        page.keyboard.press("Escape")
         page.keyboard.press("u")
-        for answer, comment in (("dismiss", "mine"), ("accept", "theirs")):
+        for answer, comment, said in (
+            ("dismiss", "mine", "1 verdict imported."),
+            ("accept", "theirs", "2 verdicts imported."),
+        ):
             page.once("dialog", lambda dialog, answer=answer: getattr(dialog, answer)())
             brought_in(page, text)
+            wait_until(page, f"document.getElementById('storage-note').innerText === '{said}'")
             open_slide(page, bundle, "slide_0000")
             assert page.locator("#comment").input_value() == comment
             page.keyboard.press("u")

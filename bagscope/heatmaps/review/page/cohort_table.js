@@ -13,6 +13,7 @@
   let target = null;
   let shown = [];
   let active = 0;
+  let isRestoring = false;
   let sort = { column: "outcome", down: false };
   const rows = new Map();
 
@@ -172,7 +173,10 @@
     const focused = document.activeElement?.closest("#slides-body a");
     byId("slides-body").replaceChildren(spacer(first), ...visible, spacer(shown.length - last));
     // A row that leaves the page and comes back must not lose the keyboard.
-    if (focused?.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
+    if (!focused?.isConnected || focused === document.activeElement) return;
+    isRestoring = true;
+    focused.focus({ preventScroll: true });
+    isRestoring = false;
   }
 
   function moveTo(index) {
@@ -244,6 +248,7 @@
     byId("table-scroll").addEventListener("scroll", bagscope.atNextFrame(render));
     addEventListener("resize", bagscope.atNextFrame(render));
     byId("slides-body").addEventListener("focusin", (event) => {
+      if (isRestoring) return;
       const index = shown.findIndex((slide) => rows.get(slide.key)?.contains(event.target));
       if (index >= 0 && index !== active) {
         active = index;

@@ -27,7 +27,9 @@
   function showPanel(slide, data, cohort) {
     summary = slide;
     byId("slide-title").textContent = slide.slide;
-    byId("slide-patient").textContent = slide.patient === slide.slide ? "" : `patient ${slide.patient}`;
+    byId("slide-patient").textContent = slide.patient === slide.slide
+      ? ""
+      : /^patient/i.test(slide.patient) ? slide.patient : `patient ${slide.patient}`;
     const unlike = slide.ood ? el("span", { class: "chip caution" }, "⚠ unlike the training slides") : null;
     byId("slide-chips").replaceChildren(...[bagscope.outcomeOf(slide) === "unknown" ? null : bagscope.outcomeChip(slide), unlike].filter(Boolean));
     const notes = [...(slide.notes ?? []), ...(data.notes ?? [])];
@@ -62,7 +64,7 @@
     const line = el("p", { class: "answer-line" }, el("b", { class: "answer-name" }, answer.text));
     const write = bagscope.writerOf(target);
     const valued = bagscope.valuedClass(answer);
-    if (valued && valued !== answer.text) line.append(el("span", {}, valued));
+    if (valued && valued !== answer.text) line.append(el("span", { class: "quiet" }, valued));
     if (answer.value !== null && Number.isNaN(Number(answer.text))) {
       line.append(el("span", { class: "number answer-value" }, write(answer.value)));
     }

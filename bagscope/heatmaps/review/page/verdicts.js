@@ -84,6 +84,8 @@
 
   const isReviewed = (slide) => verdictOf(slide).verdict !== "";
 
+  const counted = (count) => `${bagscope.whole(count)} ${count === 1 ? "verdict" : "verdicts"}`;
+
   function exportVerdicts() {
     const rows = cohort.slides
       .map((slide) => ({ slide: slide.slide, run: cohort.run, ...verdictOf(slide) }))
@@ -93,7 +95,7 @@
     bagscope.el("a", { href: url, download: `${cohort.run}-verdicts.csv` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10_000);
     unexported = false;
-    bagscope.announce(`${rows.length} verdicts exported.`);
+    bagscope.announce(`${counted(rows.length)} exported.`);
   }
 
   /** Take the verdicts of a CSV file; what differs from one's own is replaced only if confirmed. */
@@ -115,12 +117,12 @@
     const clashes = taken.filter(differs);
     const replace =
       clashes.length === 0 ||
-      confirm(`${clashes.length} verdicts differ from those here. Replace them by the file's?`);
+      confirm(`${counted(clashes.length)} of the file differ from yours. Replace yours?`);
     const used = replace ? taken : taken.filter((pair) => !differs(pair));
     for (const [slide, row] of used) own.set(slide.key, row);
     if (used.length) save(null);
     const left = unknown.length ? ` Left out: ${unknown.length}, the first for its ${unknown[0]}.` : "";
-    return `${used.length} verdicts imported.${left}`;
+    return `${counted(used.length)} imported.${left}`;
   }
 
   Object.assign(bagscope, {
