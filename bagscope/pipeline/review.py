@@ -269,6 +269,6 @@ def _notes(run: ReviewedRun) -> tuple[str, ...]:
     from bagscope.mil.cases import listed
 
     return (
-        f"{len(run.unpredicted)} slides of the cohort have no prediction and are not shown: "
-        f"{listed(run.unpredicted)}",
+        f"Not shown for want of a prediction: {len(run.unpredicted)} of the cohort's slides "
+        f"({listed(run.unpredicted)}).",
     )

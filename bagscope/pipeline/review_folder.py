@@ -119,6 +119,7 @@ def cohort_bytes(planned: PlannedReview, *, live: bool = False) -> bytes:
                 patient=names.patients[slide.patient_id] if names else slide.patient_id,
                 case=run.cases.get(slide.case_id),
                 tiles=slide.tiles,
+                ood=slide.ood,
                 faithfulness=slide.faithfulness,
                 has_thumb=slide.path is not None if live else (task.target / THUMB_NAME).is_file(),
                 verdicts=[_scrubbed(one, planned) for one in own],
@@ -213,7 +214,7 @@ def _public_notes(planned: PlannedReview) -> tuple[str, ...]:
     if planned.pseudonyms is None:
         return planned.notes
     count = len(planned.run.unpredicted)
-    return (f"{count} slides have no prediction and are not shown.",) if count else ()
+    return (f"Not shown for want of a prediction: {count} of the slides.",) if count else ()
 
 
 def _result(planned: PlannedReview, made: RunReport) -> ReviewResult:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bagscope import artifacts
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import StageResult
-from bagscope.errors import ArtifactError, SchemaError, SlideError
+from bagscope.errors import ArtifactError, BagscopeError, SchemaError, SlideError
 from bagscope.heatmaps.bag_scores import slides_of_bag
 from bagscope.heatmaps.gallery import cut_tiles, cutting_plan, open_as_tiled
 from bagscope.heatmaps.judgement import judgement_of
@@ -59,6 +59,7 @@ class Scored:
         file: of the scores; None where it can't be read.
         places: of the tiles; None where there are none to show.
         notes: sentences about what is missing.
+        reasons: why, where the notes may not say.
     """
 
     file: ScoreFile | None = None
@@ -67,6 +68,7 @@ class Scored:
     gallery: tuple[GalleryTile, ...] = ()
     faithfulness: Json = None
     notes: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,6 +80,13 @@ class _Shown:
     cut: frozenset[int] = frozenset()
     regions: Sequence[Region] = ()
     notes: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def lacks(self, what: str, error: Exception, task: ReviewTask) -> None:
+        """Note what can't be shown, and why: on the page, or for the user alone."""
+        notes, reasons = _told(what, error, task)
+        self.notes += notes
+        self.reasons += reasons
 
 
 def review_task(task: ReviewTask) -> StageResult:
@@ -106,7 +115,7 @@ def review_task(task: ReviewTask) -> StageResult:
                 outcome="skipped", fingerprint=artifacts.fingerprint(fields), facts=facts
             )
     with artifacts.atomic_folder(task.target, fields, replace=True) as folder:
-        shown = _Shown(notes=list(scored.notes))
+        shown = _Shown(notes=list(scored.notes), reasons=list(scored.reasons))
         if there:
             _show(task, scored, folder, shown)
         elif scored.places is None or scored.places.is_slide:
@@ -126,7 +135,7 @@ def review_task(task: ReviewTask) -> StageResult:
         outcome="done",
         fingerprint=artifacts.fingerprint(fields),
         facts=facts,
-        warnings=tuple(shown.notes),
+        warnings=(*shown.notes, *shown.reasons),
     )
 
 
@@ -136,7 +145,8 @@ def scored_slide(task: ReviewTask) -> Scored:
     try:
         file = read_score_file(task.slide.scores)
     except ArtifactError as error:
-        return Scored(notes=(_note("Its scores can't be read", error, task),))
+        notes, reasons = _told("Its scores can't be read", error, task)
+        return Scored(notes=notes, reasons=reasons)
     try:
         places = places_of(file.coords_l0, file.grid, file.tile, len(file.scores))
         beside = {
@@ -146,9 +156,8 @@ def scored_slide(task: ReviewTask) -> Scored:
         }
         layers = layers_of(file, beside, task.colours, task.task)
     except ArtifactError as error:
-        return Scored(
-            file=file, places=places, notes=(_note("Its scores can't be shown", error, task),)
-        )
+        notes, reasons = _told("Its scores can't be shown", error, task)
+        return Scored(file=file, places=places, notes=notes, reasons=reasons)
     first = next((one for one in layers if one.kind.id == task.slide.first_layer), layers[0])
     judged = judgement_of(file, first.kind.scale, first.class_name)
     return Scored(
@@ -215,8 +224,8 @@ def _show(task: ReviewTask, scored: Scored, folder: Path, shown: _Shown) -> None
                 require_same_slide(scored.places, slide.info, task.slide.slide_id)
             picture = plan_picture(slide.info, int(task.settings["max_px"]))
             thumb = thumbnail_jpeg(slide, picture)
-        except (SlideError, OSError) as error:
-            shown.notes.append(_note("The slide can't be shown", error, task))
+        except (BagscopeError, OSError) as error:
+            shown.lacks("The slide can't be shown", error, task)
             return
         if task.pseudonyms is None:
             shown.notes += [without_folders(note) for note in notes]
@@ -277,16 +286,20 @@ def _read_annotation(slide: Slide, task: ReviewTask, shown: _Shown) -> None:
             file_name=task.annotation.name,
         )
     except SlideError as error:
-        shown.notes.append(_note("Its annotation can't be shown", error, task))
+        shown.lacks("Its annotation can't be shown", error, task)
         return
     shown.regions = regions
 
 
-def _note(what: str, error: Exception, task: ReviewTask) -> str:
-    """Return a sentence without folders; of a slide without a name, without the reason too."""
+def _told(what: str, error: Exception, task: ReviewTask) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return sentences for the page, without folders, and for the user alone.
+
+    A reason may hold a file's name, and a file's name may be a patient's.
+    """
+    reason = " ".join(str(error).split())
     if task.pseudonyms is not None:
-        return f"{what}."
-    return f"{what}: {without_folders(' '.join(str(error).split()))}"
+        return (f"{what}.",), (f"{what}: {reason}",)
+    return (f"{what}: {without_folders(reason)}",), ()
 
 
 # --- what was made before -------------------------------------------------------------------

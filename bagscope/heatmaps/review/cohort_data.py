@@ -29,6 +29,7 @@ class ReviewRow:
         patient: whose it is.
         case: what the model says of it, None where it has no prediction.
         tiles: how many have scores.
+        ood: whether its case is unlike the training bags, None where nobody knows.
         faithfulness: score and warning; None where it was not judged.
         has_thumb: whether there is a thumbnail.
         verdicts: of reviewers, the newest last.
@@ -40,6 +41,7 @@ class ReviewRow:
     patient: str
     case: CaseFacts | None
     tiles: int = 0
+    ood: bool | None = None
     faithfulness: Json = None
     has_thumb: bool = False
     verdicts: Sequence[Verdict] = ()
@@ -59,7 +61,7 @@ class ReviewRow:
             if case is None
             else {name: one.to_json() for name, one in case.predicted.items()},
             "correct": None if case is None else case.correct,
-            "ood": None if case is None else case.ood,
+            "ood": self.ood,
             "tiles": self.tiles,
             "faithfulness": self.faithfulness,
             "thumb": slide_url(self.key, THUMB_NAME) if self.has_thumb else None,
