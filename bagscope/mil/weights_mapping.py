@@ -55,6 +55,24 @@ def _clam(aggregator: str, classifier: str) -> Original:
     )
 
 
+_MOST_LAYERS = 8
+
+
+def _mambamil() -> dict[str, str]:
+    layers = {"_fc1.0": "projection", "norm": "norm", "attention.0": "v", "attention.2": "w"}
+    layers |= {"classifier": "classifier"}
+    for number in range(_MOST_LAYERS):
+        theirs, ours = f"layers.{number}", f"mixers.{number}"
+        layers |= {f"{theirs}.0": f"norms.{number}"}
+        layers |= {f"{theirs}.1.{name}": f"{ours}.{name}" for name in ("in_proj", "out_proj")}
+        for core, end in enumerate(("", "_b")):
+            own = f"{ours}.cores.{core}"
+            names = ("conv1d", "x_proj", "dt_proj")
+            layers |= {f"{theirs}.1.{name}{end}": f"{own}.{name}" for name in names}
+            layers |= {f"{theirs}.1.A{end}_log": f"{own}.A_log", f"{theirs}.1.D{end}": f"{own}.D"}
+    return layers
+
+
 _GATES = ("attention.attention_V.0", "attention.attention_U.0", "attention.attention_weights")
 _HEADS = {"classifier.*.fc": "branch_classifier", "Slide_classifier.fc": "classifier"}
 _MHIM = "online_encoder.attention.attention"
@@ -93,6 +111,7 @@ ORIGINALS: Mapping[str, Original] = MappingProxyType(
             "head",
         ),
         "hippo-tanh": _attention("encoder.0", f"{_HIPPO}.0", None, f"{_HIPPO}.2", "head"),
+        "mambamil": Original(aggregator="mambamil", layers=_mambamil()),
         "mambamil-max": Original(
             aggregator="max",
             layers={"head.0": "network.projection", "head.3": "network.classifier"},

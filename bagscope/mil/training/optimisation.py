@@ -17,7 +17,12 @@ Weights = dict[str, Tensor]
 
 def build_optimiser(model: nn.Module, spec: OptimiserSpec) -> torch.optim.Optimizer:
     """Return the optimiser of all weights that learn."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    # Some say by themselves that they are not to shrink, as the rates of a state-space layer.
+    steady = [weight for weight in learning if getattr(weight, "no_weight_decay", False)]
+    weights: list[Any] = [one for one in learning if not getattr(one, "no_weight_decay", False)]
+    if steady:
+        weights = [{"params": weights}, {"params": steady, "weight_decay": 0.0}]
     common: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
     if spec.name == "radam":
         return torch.optim.RAdam(weights, betas=spec.betas, **common)

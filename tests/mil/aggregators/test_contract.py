@@ -25,6 +25,13 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "clam_mb": ({"subtyping": True, "instance_loss": "ce"},),
     "clam_sb": ({"subtyping": True, "k": 3},),
+    "mambamil": (
+        {"ways": "bi", "order": "raster", "layers": 1},
+        {"ways": "cross", "order": "hilbert", "dropout": 0.25},
+        {"ways": "plain", "core": "mamba2", "head": 8},
+        {"ways": "sr", "core": "mamba2", "head": 8, "rate": 3, "faithful_init": True},
+        {"ways": "bi", "core": "mamba2", "head": 8},
+    ),
     "max": ({"level": "embedding"},),
     "mean": ({"level": "embedding", "activation": "gelu", "init": "torch"},),
 }

@@ -233,3 +233,26 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 
 def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if key != name}
+
+
+@pytest.mark.parametrize("init", ["faithful", "fixed"])
+@pytest.mark.parametrize("ways", ["plain", "bi", "sr"])
+def test_mambamil(ways: str, init: str) -> None:
+    options = {
+        "hidden": "=hidden",
+        "attention": "=attention_hidden",
+        "layers": "=layers",
+        "rate": "=rate",
+        "states": "=d_state",
+        "expand": "=expand",
+        "ways": ways,
+    }
+    recorded = Recorded(f"mambamil_{ways}-{init}-init_A", "mambamil", options)
+    output = recorded.output()
+    recorded.compare(
+        logits=output.logits,
+        attention=attention(output),
+        attention_raw=output.scores.T,
+        embedding=output.embedding,
+    )
+    recorded.compare_gradients(functional.cross_entropy(output.logits, recorded.label))
