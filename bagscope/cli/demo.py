@@ -1,49 +1,167 @@
-"""`bagscope demo`: synthetic slides through the line."""
+"""`bagscope demo`: synthetic slides through the whole line."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bagscope.cli import console, options
-from bagscope.cli.evaluate import print_evaluation
-from bagscope.errors import ConfigError
-from bagscope.pipeline.demo import STAGES, run_demo
+from bagscope.cohort.progress import Event, Reporter, RunStarted
+from bagscope.pipeline.demo import (
+    STAGES,
+    DemoRequest,
+    DemoStage,
+    DemoStageDone,
+    demo_findings,
+    parse_demo_stage,
+    run_demo,
+)
+from bagscope.pipeline.demo_slides import TUMOR_FRACTIONS, SlidesSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bagscope.cohort.jobs import RunReport
+    from bagscope.pipeline.demo_findings import DemoFindings
+
+_SAYS: dict[DemoStage, str] = {
+    "slides": "draw slides, half of them with a little tumour",
+    "scan": "open every slide: what is there, what will it cost",
+    "tile": "find the tissue and cut it into tiles",
+    "extract": "turn every tile into 1,280 numbers with EfficientNet-Lite0",
+    "train": "learn from slide labels alone, one model per fold",
+    "evaluate": "what can be claimed, and what simpler models come to",
+    "heatmap": "draw what each slide's held-out model looked at",
+    "review": "put slides, heatmaps and answers on one page",
+}
+_USUAL = SlidesSpec()
 
 
 def demo(
     folder: Annotated[Path, typer.Argument(help="where to", show_default=True)] = Path("demo"),
     until: Annotated[str, typer.Option(help=f"last stage: {', '.join(STAGES)}")] = STAGES[-1],
-    slides: Annotated[int, typer.Option(min=2, help="how many slides")] = 12,
-    size_px: Annotated[int, typer.Option(min=1024, help="edge of a slide in pixels")] = 6000,
-    seed: Annotated[int, typer.Option(min=0, help="of the slides")] = 0,
+    slides: Annotated[int, typer.Option(min=12, help="how many slides")] = _USUAL.slides,
+    size_px: Annotated[
+        int, typer.Option(min=512, help="edge of a slide in pixels of 0.5 µm")
+    ] = _USUAL.size_px,
+    seed: Annotated[int, typer.Option(min=0, help="of the slides")] = _USUAL.seed,
     workers: options.Workers = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a small synthetic cohort and run it through the line."""
-    if until not in STAGES:
-        raise ConfigError(f"--until is {until!r}; choose one of {', '.join(STAGES)}")
-    result = run_demo(
-        folder,
-        console.reporter(as_json=as_json),
-        slides=slides,
-        size_px=size_px,
-        seed=seed,
+    """Make synthetic slides and take them through the whole line; resumes where it stopped."""
+    request = DemoRequest(
+        folder=folder,
+        slides=SlidesSpec(slides=slides, size_px=size_px, seed=seed),
         workers=workers,
-        until=until,
+        until=parse_demo_stage(until),
     )
-    console.print_report(result.tiled, as_json=as_json)
-    if result.extracted is not None:
-        console.print_extraction(result.extracted, as_json=as_json)
-    if result.trained is not None:
-        console.print_training(result.trained, as_json=as_json)
-    if result.evaluated is not None:
-        print_evaluation(result.evaluated, as_json=as_json)
-    if result.drawn is not None:
-        console.print_report(result.drawn, as_json=as_json)
-    if not as_json:
-        for page in result.pages:
-            typer.echo(f"look at {page}")
-    raise typer.Exit(result.exit_code)
+    listener = console.reporter(as_json=as_json)
+    titles = None if as_json else _Titles(listener, request.stages)
+    code = 0
+    done: dict[DemoStage, DemoStageDone] = {}
+    for stage in run_demo(request, titles or listener):
+        done[stage.stage] = stage
+        code = stage.exit_code
+        if stage.report is not None:
+            _print_stage(stage.stage, stage.report, as_json=as_json)
+        if titles is not None and not code:
+            titles.follow(stage.stage)
+    findings = None if code or "evaluate" not in done else demo_findings(request)
+    if as_json:
+        pages = {name: str(one.page) for name, one in done.items() if one.page is not None}
+        found = None if findings is None else asdict(findings)
+        console.print_json("demo", {"findings": found, "pages": pages})
+    elif not code:
+        _print_closing(request, done, findings)
+    raise typer.Exit(code)
+
+
+class _Titles:
+    """Says above each stage's progress what the stage is for."""
+
+    def __init__(self, inner: Reporter, stages: Sequence[DemoStage]) -> None:
+        self._inner, self._stages = inner, stages
+        self._told: set[DemoStage] = set()
+
+    def emit(self, event: Event) -> None:
+        """Print the title where a stage starts; pass the event on."""
+        if isinstance(event, RunStarted):
+            name = event.stage.partition("/")[0]
+            for stage in self._stages:
+                if stage == name:
+                    self._tell(stage)
+        self._inner.emit(event)
+
+    def follow(self, stage: DemoStage) -> None:
+        """Print the title of what follows a stage, which may take a while to start."""
+        place = self._stages.index(stage) + 1
+        # A study is scanned once, so nobody knows yet what follows its slides.
+        if stage != "slides" and place < len(self._stages):
+            self._tell(self._stages[place])
+
+    def _tell(self, stage: DemoStage) -> None:
+        if stage not in self._told:
+            self._told.add(stage)
+            place = f"{self._stages.index(stage) + 1}/{len(self._stages)}"
+            typer.echo(f"\n[{place}] {stage}: {_SAYS[stage]}")
+
+
+def _print_stage(stage: DemoStage, report: RunReport, *, as_json: bool) -> None:
+    if report.exit_code or as_json:
+        console.print_report(report, as_json=as_json)
+        return
+    made, found = report.counts.get("done", 0), report.counts.get("skipped", 0)
+    noun = "models" if stage == "train" else "slides"
+    parts = [f"{made} {noun} done"] if made or not found else []
+    parts += [f"{found} {noun} there already"] if found else []
+    if stage in ("scan", "tile", "extract"):
+        parts.append(f"{report.tiles:,} tiles")
+    typer.echo(f"{', '.join(parts)}, {console.duration_text(report.seconds)}")
+
+
+def _print_closing(
+    request: DemoRequest, done: Mapping[DemoStage, DemoStageDone], findings: DemoFindings | None
+) -> None:
+    if findings is not None:
+        _print_findings(findings)
+    pages = [one.page for one in reversed(done.values()) if one.page is not None]
+    if pages:
+        typer.echo("\nopen first")
+        typer.echo(f"  {pages[0]}")
+    if pages[1:]:
+        typer.echo("and then")
+        for page in pages[1:]:
+            typer.echo(f"  {page}")
+    typer.echo("\nyour own slides, with a column of labels in a table")
+    typer.echo("  bagscope init STUDY --slides SLIDES.csv --target COLUMN")
+    typer.echo("  bagscope run STUDY")
+
+
+def _print_findings(found: DemoFindings) -> None:
+    low, high = (f"{share:.0%}".removesuffix("%") for share in TUMOR_FRACTIONS)
+    typer.echo(
+        f"\n{found.slides} slides, half of them with tumour on {low} to {high} % of their tissue: "
+        f"{found.tumor_tiles} of\n{found.tiles:,} tiles. The models were told the slides' labels, "
+        "and nothing of where.\n"
+    )
+    rows = (
+        (found.auroc, f"the models ({found.auroc_low:.2f} to {found.auroc_high:.2f})"),
+        (found.linear_auroc, "a logistic regression on the mean of a slide's tiles"),
+        (found.colour_auroc, "one on the mean colour of its tissue"),
+    )
+    typer.echo("telling slides with tumour from those without, AUROC on slides never seen")
+    for value, name in rows:
+        typer.echo(f"  {value:.2f}  {name}")
+    typer.echo("finding the planted tumour's tiles, AUROC on slides never seen")
+    typer.echo(f"  {found.tile_auroc:.2f}  attention, all slides on one scale")
+    typer.echo(f"  {found.tile_auroc_within:.2f}  attention, within a slide with tumour")
+    if found.warned:
+        typer.echo(
+            f"{found.warned} of {found.slides} heatmaps carry a warning: their hot tiles are not "
+            "what the answer rests on"
+        )
+    else:
+        typer.echo("no heatmap carries a warning: hot tiles are what the answers rest on")

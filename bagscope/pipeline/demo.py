@@ -1,91 +1,171 @@
-"""The demo: a synthetic cohort, run through every stage that there is."""
+"""The demo: synthetic slides, taken through the whole line, and held against what was planted."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bagscope.cohort.jobs import RunReport
 from bagscope.cohort.progress import Reporter
+from bagscope.errors import ConfigError
 from bagscope.mil.targets import TargetSpec
-from bagscope.pipeline.extract import ExtractResult, extract_cohort
-from bagscope.pipeline.study import available_cores, init_study, open_study
-from bagscope.pipeline.tile import tile_cohort
-from bagscope.pipeline.train import TrainRequest, TrainResult, train_run
-from bagscope.wsi.tiling import tiling_name
+from bagscope.pipeline.demo_slides import TRUTH_NAME, SlidesSpec, write_slides
+from bagscope.pipeline.line import LineRequest, StageDone, parse_stage, work_through
+from bagscope.pipeline.study import Study, available_cores, init_study, open_study
+from bagscope.specs import did_you_mean
+from bagscope.wsi.synthetic.cohort import POSITIVE, TABLE_NAME
 
 if TYPE_CHECKING:
-    from bagscope.pipeline.evaluate import EvaluateResult
+    from bagscope.pipeline.demo_findings import DemoFindings
 
-STAGES = ("tile", "extract", "train", "evaluate", "heatmap")
-TARGET = TargetSpec(column="label", positive="tumor")
-FOLDS = 3
+DemoStage = Literal["slides", "scan", "tile", "extract", "train", "evaluate", "heatmap", "review"]
+STAGES: tuple[DemoStage, ...] = get_args(DemoStage)
+RECIPE = "aem"
+TARGET = TargetSpec(column="label", positive=POSITIVE)
+SETTINGS: Mapping[str, Any] = {
+    "targets": [TARGET.model_dump(mode="json", exclude_defaults=True)],
+    "splits": {"folds": 5},
+    "train": {
+        "recipe": RECIPE,
+        # So few slides leave half a dozen to choose an epoch by, which is choosing by chance, and
+        # members of different ages answer on different scales: all keep their last epoch.
+        "options": {"training": {"checkpoint": "last"}},
+    },
+}
+"""Of the demo's study.yaml."""
 
 
-@dataclass(kw_only=True, slots=True)
-class DemoResult:
-    """How the demo ended: what each stage that it came to said, and the pages to look at."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoRequest:
+    """Which demo is wanted.
 
-    tiled: RunReport
-    extracted: ExtractResult | None = None
-    trained: TrainResult | None = None
-    evaluated: EvaluateResult | None = None
-    drawn: RunReport | None = None
-    pages: tuple[Path, ...] = ()
+    Attributes:
+        folder: `slides/`, `truth/` and `study/` come to lie in it.
+        slides: to make.
+        workers: processes; one per core if None.
+        until: the last stage.
+    """
+
+    folder: Path
+    slides: SlidesSpec = field(default_factory=SlidesSpec)
+    workers: int | None = None
+    until: DemoStage = STAGES[-1]
 
     @property
-    def exit_code(self) -> int:
-        """Return the exit code of the last stage."""
-        if self.drawn is not None:
-            return self.drawn.exit_code
-        if self.trained is not None:
-            return self.trained.exit_code
-        return self.extracted.report.exit_code if self.extracted else self.tiled.exit_code
+    def stages(self) -> tuple[DemoStage, ...]:
+        """Return the stages that are asked for."""
+        return STAGES[: STAGES.index(self.until) + 1]
+
+    @property
+    def study(self) -> Path:
+        """Return the study's folder."""
+        return self.folder / "study"
+
+    @property
+    def run(self) -> Path:
+        """Return the run's folder."""
+        return self.study / "runs" / RECIPE
+
+    @property
+    def truth(self) -> Path:
+        """Return the folder of the planted tumours' outlines."""
+        return self.folder / TRUTH_NAME
 
 
-def run_demo(
-    folder: Path,
-    report: Reporter,
-    *,
-    slides: int,
-    size_px: int,
-    seed: int,
-    workers: int | None,
-    until: str = STAGES[-1],
-) -> DemoResult:
-    """Write synthetic slides where they are missing, and run the stages up to `until` on them."""
-    from bagscope.wsi.synthetic import write_cohort
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoStageDone:
+    """A stage that came to its end, well or not.
 
-    table = folder / "slides" / "cohort.csv"
-    if not table.exists():
-        write_cohort(
-            table.parent,
-            slides=slides,
-            positives=slides // 2,
-            size_px=size_px,
-            seed=seed,
-            workers=workers or available_cores(),
-        )
-    init_study(folder / "study", str(table))
-    study = open_study(folder / "study", {"run": {"workers": workers}, "splits": {"folds": FOLDS}})
-    wanted = STAGES[: STAGES.index(until) + 1]
-    found = DemoResult(tiled=tile_cohort(study, report))
-    found.pages = (study.tiling_folder(tiling_name(study.spec.tiling)) / "contact_sheet.html",)
-    if "extract" in wanted and not found.exit_code:
-        found.extracted = extract_cohort(study, report)
-    if "train" in wanted and not found.exit_code:
-        found.trained = train_run(study, TrainRequest(targets=(TARGET,)), report)
-    if "evaluate" in wanted and not found.exit_code and found.trained is not None:
-        from bagscope.pipeline.evaluate import EvaluateRequest, evaluate_run
+    Attributes:
+        report: of its slides or members; None of the evaluation, which has none.
+        exit_code: 1 where slides or members failed, 130 where interrupted.
+        page: to open; None where the stage makes none.
+    """
 
-        found.evaluated = evaluate_run(EvaluateRequest(run=found.trained.folder))
-        found.pages += (found.evaluated.report,)
-    if "heatmap" in wanted and not found.exit_code and found.trained is not None:
-        from bagscope.pipeline.heatmap import HeatmapRequest, draw_heatmaps, plan_heatmaps
+    stage: DemoStage
+    report: RunReport | None
+    exit_code: int
+    page: Path | None = None
 
-        request = HeatmapRequest(place=found.trained.folder, workers=workers)
-        planned = plan_heatmaps(request)
-        found.drawn = draw_heatmaps(planned, request, report)
-        found.pages += (planned.folder,)
-    return found
+
+def parse_demo_stage(text: str) -> DemoStage:
+    """Read the name of a stage.
+
+    Raises:
+        ConfigError: no such stage.
+    """
+    for stage in STAGES:
+        if stage == text:
+            return stage
+    raise ConfigError(f"--until {text!r}: no such stage{did_you_mean(text, STAGES)}")
+
+
+def run_demo(request: DemoRequest, report: Reporter) -> Iterator[DemoStageDone]:
+    """Make what is missing, stage after stage, and tell of each as it ends; resumes.
+
+    Nothing follows a stage that failed: of the demo's slides, none may be missing.
+
+    Raises:
+        ConfigError: the folder holds another study.
+        FingerprintMismatch: it holds other slides.
+    """
+    workers = request.workers or available_cores()
+    made = write_slides(
+        request.folder,
+        request.slides,
+        report,
+        workers=workers,
+        status_dir=request.study / "status",
+    )
+    yield DemoStageDone(stage="slides", report=made, exit_code=made.exit_code)
+    if made.exit_code or request.until == "slides":
+        return
+    init_study(request.study, str(request.folder / "slides" / TABLE_NAME), settings=SETTINGS)
+    study = open_study(request.study, {"run": {"workers": workers}})
+    # The review comes after it: the line knows nothing of outlines to show.
+    last = "heatmap" if request.until == "review" else request.until
+    for done in work_through(study, LineRequest(until=parse_stage(last)), report):
+        yield _told(done)
+        if done.exit_code:
+            return
+    if request.until == "review":
+        yield _review(study, request, report)
+
+
+def demo_findings(request: DemoRequest) -> DemoFindings:
+    """Hold a demo that came to its evaluation against what was planted."""
+    from bagscope.pipeline.demo_findings import findings_of
+
+    return findings_of(request.run, request.truth)
+
+
+def _review(study: Study, request: DemoRequest, report: Reporter) -> DemoStageDone:
+    """Make the review, with the planted tumours to be seen in it."""
+    from bagscope.pipeline.review import ReviewRequest, write_review
+
+    asked = ReviewRequest(
+        place=request.run, annotations=request.truth, workers=study.spec.run.workers
+    )
+    made = write_review(asked, report)
+    code = made.report.exit_code
+    return DemoStageDone(stage="review", report=made.report, exit_code=code, page=made.index)
+
+
+def _told(done: StageDone) -> DemoStageDone:
+    """Return what a stage of the line said, in short."""
+    from bagscope.pipeline.extract import ExtractResult
+    from bagscope.pipeline.scan import CohortScan
+    from bagscope.pipeline.train import TrainResult
+
+    result, report = done.result, None
+    if isinstance(result, RunReport):
+        report = result
+    elif isinstance(result, ExtractResult):
+        report = result.report
+    elif isinstance(result, TrainResult):
+        report = result.trained
+    elif isinstance(result, CohortScan):
+        report = result.run
+    return DemoStageDone(stage=done.stage, report=report, exit_code=done.exit_code, page=done.page)

@@ -5,12 +5,15 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bagscope.wsi.synthetic as synthetic
-from bagscope.wsi.synthetic import SyntheticSpec, plan_cohort, write_cohort
+from bagscope.wsi.synthetic import SyntheticSpec, plan_cohort, write_cohort, write_slide
+from bagscope.wsi.synthetic.cohort import write_alone
 
 
 @settings(max_examples=40, deadline=None)
@@ -42,6 +45,31 @@ def test_the_default_cohort_has_pairs_and_both_sites_in_both_labels() -> None:
         counts[row.label, row.site] += 1
     assert len(counts) == 4
     assert min(counts.values()) >= 7
+
+
+def test_tumour_is_spread_between_the_fractions_asked_for() -> None:
+    planned = plan_cohort(slides=40, positives=20, seed=0, tumor_fractions=(0.02, 0.06))
+    shares = sorted(row.spec.tumor_fraction for row in planned if row.label == "tumor")
+    # Evenly on a logarithmic scale, the two ends half a step away.
+    steps = np.diff(np.log(shares))
+    assert steps == pytest.approx(np.log(3) / 20, abs=0.01)
+    assert shares[0] == pytest.approx(0.02 * 3 ** (1 / 40), abs=1e-4)
+    assert shares[-1] == pytest.approx(0.06 / 3 ** (1 / 40), abs=1e-4)
+
+
+@pytest.mark.parametrize("fractions", [(0.0, 0.1), (0.2, 0.1)])
+def test_fractions_out_of_order_are_refused(fractions: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="tumor_fractions"):
+        plan_cohort(slides=4, positives=2, seed=0, tumor_fractions=fractions)
+
+
+def test_writing_alone_leaves_the_threads_of_others_as_they_were(tmp_path: Path) -> None:
+    threads = cv2.getNumThreads()
+    spec = SyntheticSpec(width_px=512, height_px=512, mpp=0.5, downsamples=(1, 4))
+    alone = write_alone(tmp_path / "alone.svs", spec)
+    assert cv2.getNumThreads() == threads
+    usual = write_slide(tmp_path / "usual.svs", spec)
+    assert alone.slide.read_bytes() == usual.slide.read_bytes()
 
 
 @pytest.mark.parametrize(("slides", "positives"), [(0, 0), (3, 4), (3, -1)])
