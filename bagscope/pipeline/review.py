@@ -20,7 +20,7 @@ from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.errors import ConfigError
 from bagscope.heatmaps.review.choices import GALLERY_TILES, MAX_PX, QUALITY
-from bagscope.heatmaps.review.folder import SLIDES_NAME
+from bagscope.heatmaps.review.folder import ROOT_NAMES, SLIDE_SCRIPT_NAME, SLIDES_NAME
 from bagscope.pipeline.study import RunSpec
 from bagscope.pipeline.tile import run_options
 
@@ -232,13 +232,22 @@ def _require_sensible(request: ReviewRequest) -> None:
 
 
 def _require_own(folder: Path, request: ReviewRequest) -> None:
-    """Refuse to write into a folder of something else: what is not of the review is removed."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SLIDES_NAME).is_dir():
-        raise ConfigError(f"{folder}: holds something else than a review; name another --out")
+    """Refuse a folder of something else: what does not belong to the review is removed from it."""
     place, own = request.place.resolve(), folder.resolve()
     if place.is_relative_to(own) or own.is_relative_to(place):
         raise ConfigError(
             f"{folder}: lies in, or around, what is to be reviewed; name another --out"
+        )
+    if not folder.is_dir():
+        return
+    foreign = [path for path in folder.iterdir() if path.name not in ROOT_NAMES]
+    if (folder / SLIDES_NAME).is_dir():
+        parts = (folder / SLIDES_NAME).iterdir()
+        foreign += [path for path in parts if not (path / SLIDE_SCRIPT_NAME).is_file()]
+    foreign = [path for path in foreign if not path.name.startswith(".")]
+    if foreign:
+        raise ConfigError(
+            f"{folder}: holds something else than a review ({foreign[0].name}); name another --out"
         )
 
 

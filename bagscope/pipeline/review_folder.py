@@ -15,6 +15,7 @@ from bagscope.cohort.jobs import Failure, RunReport
 from bagscope.cohort.progress import Reporter
 from bagscope.errors import FingerprintMismatch
 from bagscope.heatmaps.review.folder import (
+    ASSETS_NAME,
     COHORT_NAME,
     FACTS_NAME,
     INDEX_NAME,
@@ -187,7 +188,7 @@ def _remove_strays(folder: Path, keys: set[str]) -> None:
     for slide in (folder / SLIDES_NAME).iterdir():
         if slide.name not in keys:
             shutil.rmtree(slide)
-    shutil.rmtree(folder / "assets", ignore_errors=True)
+    shutil.rmtree(folder / ASSETS_NAME, ignore_errors=True)
 
 
 def _facts(target: Path) -> dict[str, Json]:

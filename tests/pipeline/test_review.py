@@ -260,7 +260,12 @@ def test_folders_of_something_else_are_not_touched(tmp_path: Path) -> None:
     run = reviewed_run(tmp_path, ("a",))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    for out in (tmp_path / "mine", run, tmp_path, run / "scores"):
+    # Slides in a folder that is called as a review calls that of its parts.
+    data = tmp_path / "data"
+    (data / "slides").mkdir(parents=True)
+    (data / "slides" / "a.svs").write_text("x")
+    (data / "slides" / "b").mkdir()
+    for out in (tmp_path / "mine", data, run, tmp_path, run / "scores"):
         with pytest.raises(ConfigError, match="name another --out"):
             plan_review(ReviewRequest(place=run, out=out))
     for how in ({"max_px": 10}, {"quality": 0}):

@@ -14,7 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import quote
 
+from bagscope.artifacts import COMPLETE_NAME
+
 INDEX_NAME = "index.html"
+ASSETS_NAME = "assets"
 COHORT_NAME = "data/cohort.js"
 SLIDES_NAME = "slides"
 SLIDE_SCRIPT_NAME = "slide.js"
@@ -22,19 +25,19 @@ FACTS_NAME = "facts.json"
 THUMB_NAME = "thumb.jpg"
 PICTURE_NAME = "picture_files"
 TILES_NAME = "tiles"
+ROOT_NAMES = frozenset({INDEX_NAME, ASSETS_NAME, "data", SLIDES_NAME, COMPLETE_NAME})
+"""What lies in a review's own folder, and nothing else."""
 _PAGE = Path(__file__).with_name("page")
 
 
 def page_files() -> dict[str, Path]:
     """Return the page's own files by their place in a review."""
-    files = sorted(path for path in _PAGE.rglob("*") if path.is_file())
-    return {
-        INDEX_NAME if path.name == INDEX_NAME else f"assets/{path.relative_to(_PAGE).as_posix()}": (
-            path
-        )
-        for path in files
-        if not path.name.startswith(".")
-    }
+    found = {}
+    for path in sorted(_PAGE.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            name = path.relative_to(_PAGE).as_posix()
+            found[name if name == INDEX_NAME else f"{ASSETS_NAME}/{name}"] = path
+    return found
 
 
 def slide_url(key: str, name: str) -> str:
