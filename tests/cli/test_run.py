@@ -159,6 +159,7 @@ def test_slurm_prints_a_script_that_bash_accepts(bagscope: Command, study: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_failed_slide_never_stops_the_line(bagscope: Command, labelled: Path) -> None:
     shard = bagscope("run", labelled, "--shard", "1/2")
     assert f"when all parts are done, go on with: bagscope run {labelled}" in shard.err
