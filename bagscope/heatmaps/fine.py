@@ -30,7 +30,7 @@ from scipy import special
 from bagscope.errors import ArtifactError, ConfigError
 from bagscope.heatmaps.choices import ScaleName
 from bagscope.heatmaps.scores import Column, on_scale
-from bagscope.mil.bags import Bags, ScoreKind
+from bagscope.mil.bags import Bags, PoolingTerms, ScoreKind
 from bagscope.mil.explain.members import member_bags
 from bagscope.mil.explain.pools import attention_terms, packed
 from bagscope.mil.member import Member
@@ -95,12 +95,14 @@ def fine_scores(
             output = model(bag)
         scores = output.scores.double().cpu().numpy()
         kind = output.score_kind
-        if kind == "log_weight":
-            scores = scores - special.logsumexp(scores[:count], axis=0)
+        weighs = kind == "log_weight"
+        terms = attention_terms(model, bag) if weighs or wants_contributions else None
+        if weighs:
+            scores = _log_weights(scores, terms, count, _tolerance([member]))
         beside.append(scores[:count])
         own.append(scores[count:])
         if wants_contributions:
-            added.append(_contributions(member, bag, count, device))
+            added.append(_contributions(terms, count))
     _require_own(_mean(beside, kind), known, members, kind)
     return FineScores(
         kind=kind,
@@ -168,9 +170,33 @@ def _joint(bags: Bags) -> Bags:
     return packed(bags, [np.arange(len(bags.features))])
 
 
-def _contributions(member: Member, bag: Bags, count: int, device: torch.device | str) -> Array:
+def _log_weights(scores: Array, terms: PoolingTerms | None, count: int, tolerance: float) -> Array:
+    """Return scores such that the weights of the first `count` tiles add up to 1.
+
+    A model with several branches may state their mean weight, which has no normaliser of its own:
+    then the branches are normalised, where they are known to be what the mean is of.
+    """
+    if terms is not None:
+        branches = terms.scores.double().cpu().numpy()
+        width = scores.shape[1]
+        stated = _as_stated(branches - special.logsumexp(branches, axis=0), width)
+        said = scores - special.logsumexp(scores, axis=0)
+        apart = np.abs(np.exp(stated) - np.exp(said)) if stated.shape == said.shape else np.inf
+        if np.max(apart) * len(scores) <= tolerance:
+            return _as_stated(branches - special.logsumexp(branches[:count], axis=0), width)
+    return np.asarray(scores - special.logsumexp(scores[:count], axis=0))
+
+
+def _as_stated(log_weights: Array, width: int) -> Array:
+    """Return log weights (T, K) as a model states them: each column, or their mean."""
+    if log_weights.shape[1] == width or width != 1:
+        return log_weights
+    mean = special.logsumexp(log_weights, axis=1, keepdims=True) - math.log(log_weights.shape[1])
+    return np.asarray(mean)
+
+
+def _contributions(terms: PoolingTerms | None, count: int) -> Array:
     """Return what the tiles behind the first `count` would add to each logit: (n, C)."""
-    terms = attention_terms(member.model(device), bag)
     if terms is None:
         raise ConfigError(
             "--scale contribution: the model's logits are no sum of what tiles add by themselves, "
@@ -201,10 +227,8 @@ def _require_own(
         if kind == "log_weight":  # what has no weight has no exact logarithm either
             expected = expected - special.logsumexp(expected, axis=0)
             beside, expected = len(beside) * np.exp(beside), len(beside) * np.exp(expected)
-        precisions = {member.recipe.training.precision for member in members}
-        tolerance = max(_TOLERANCE.get(p, _LOW_PRECISION_TOLERANCE) for p in precisions)
         apart = float(np.abs(beside - expected).max() / max(1.0, np.abs(expected).max()))
-        if apart <= tolerance:
+        if apart <= _tolerance(members):
             return
         found = f"differ by {apart:.2g} of the highest"
     else:
@@ -214,6 +238,11 @@ def _require_own(
         "a tile depends on the tiles beside it, or the stored scores are not of these features; a "
         "finer pass has no scale to be drawn on"
     )
+
+
+def _tolerance(members: Sequence[Member]) -> float:
+    precisions = {member.recipe.training.precision for member in members}
+    return max(_TOLERANCE.get(one, _LOW_PRECISION_TOLERANCE) for one in precisions)
 
 
 def _percentiles(values: Array, among: Array) -> Array:
