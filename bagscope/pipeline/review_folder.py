@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,18 +75,23 @@ def make_review(planned: PlannedReview, request: ReviewRequest, report: Reporter
         # First of all: what nobody can map back must not be handed on.
         write_pseudonyms(request.pseudonyms, planned.pseudonyms)
     # From here on, and until its end, it is not to be trusted.
-    (planned.folder / artifacts.COMPLETE_NAME).unlink(missing_ok=True)
+    record = planned.folder / artifacts.COMPLETE_NAME
+    before = record.read_bytes() if record.is_file() else None
+    record.unlink(missing_ok=True)
     made = make_slides(planned, request, report)
+    if _refused(made.failures) and not made.counts["done"] and before is not None:
+        artifacts.write_bytes(record, before)  # nothing was touched
     if made.interrupted or _refused(made.failures):
         return ReviewResult(report=made, index=None)
     for failure in made.failures:
         _stand_in(planned.tasks[failure.slide_id], failure)
     tasks = list(planned.tasks.values())
-    missing = [task for task in tasks if not artifacts.is_complete(task.target)]
+    missing = [task for task in tasks if not _is_made(task)]
     if missing:
         return ReviewResult(report=made, index=None, missing=len(missing))
-    _remove_strays(planned.folder, {task.key for task in tasks})
-    for name, path in page_files().items():
+    page = page_files()
+    _remove_strays(planned.folder, {task.key for task in tasks}, page)
+    for name, path in page.items():
         artifacts.write_bytes(planned.folder / name, path.read_bytes())
     artifacts.write_bytes(planned.folder / COHORT_NAME, cohort_bytes(planned))
     artifacts.complete_folder(
@@ -183,12 +188,22 @@ def _stand_in(task: ReviewTask, failure: Failure) -> None:
         artifacts.write_json(folder / FACTS_NAME, {"notes": notes, "picture": None, "um": None})
 
 
-def _remove_strays(folder: Path, keys: set[str]) -> None:
+def _is_made(task: ReviewTask) -> bool:
+    """Return whether a slide's part is there, made with these settings or standing in for it."""
+    if not artifacts.is_complete(task.target):
+        return False
+    fields = artifacts.read_complete(task.target)["fields"]
+    return bool(fields.get("failed") or fields.get("settings") == task.settings)
+
+
+def _remove_strays(folder: Path, keys: Collection[str], page: Collection[str]) -> None:
     """Remove what is of no slide, or of no page, any more: what is handed on is what is listed."""
     for slide in (folder / SLIDES_NAME).iterdir():
         if slide.name not in keys:
             shutil.rmtree(slide)
-    shutil.rmtree(folder / ASSETS_NAME, ignore_errors=True)
+    for asset in (folder / ASSETS_NAME).glob("*"):
+        if f"{ASSETS_NAME}/{asset.name}" not in page:
+            asset.unlink()
 
 
 def _facts(target: Path) -> dict[str, Json]:

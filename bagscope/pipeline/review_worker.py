@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bagscope import artifacts
@@ -288,7 +288,10 @@ def _read_annotation(slide: Slide, task: ReviewTask, shown: _Shown) -> None:
     except SlideError as error:
         shown.lacks("Its annotation can't be shown", error, task)
         return
-    shown.regions = regions
+    names = task.pseudonyms
+    shown.regions = [
+        replace(one, class_name=names.scrubbed(one.class_name)) if names else one for one in regions
+    ]
 
 
 def _told(what: str, error: Exception, task: ReviewTask) -> tuple[tuple[str, ...], tuple[str, ...]]:

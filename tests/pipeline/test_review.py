@@ -302,3 +302,40 @@ def test_a_worker_that_dies_leaves_a_part_without_a_picture(
     # It is tried again.
     assert review_task(planned.tasks["a"]).outcome == "done"
     assert told(planned.folder / "slides" / "a" / "slide.js", "slide")["picture"] is not None
+
+
+def test_parts_of_other_settings_are_not_taken_for_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bagscope.cohort.jobs import Failure
+    from bagscope.pipeline import review_folder
+
+    run = reviewed_run(tmp_path, ("a", "b"))
+    failures: tuple[Failure, ...] = ()
+
+    def made(planned: PlannedReview, request: ReviewRequest, report: object) -> RunReport:
+        for slide_id in wanted:
+            review_task(planned.tasks[slide_id])
+        counts = {"done": len(wanted), "skipped": 0, "failed": len(failures)}
+        return RunReport(stage="review", total=2, counts=counts, failures=failures)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(review_folder, "make_slides", made)
+
+    def review(**how: object) -> review_folder.ReviewResult:
+        request = dataclasses.replace(ReviewRequest(place=run), **how)  # type: ignore[arg-type]
+        planned = plan_review(request)
+        return review_folder.make_review(planned, request, object())  # type: ignore[arg-type]
+
+    wanted = ("a", "b")
+    assert review().index == tmp_path / "review" / "abmil" / "index.html"
+    # One of two shards replaces its half: the other half is still of the old settings.
+    wanted = ("a",)
+    assert review(max_px=256, overwrite=True).missing == 1
+    assert not artifacts.is_complete(tmp_path / "review" / "abmil")
+    wanted = ("b",)
+    assert review(max_px=256, overwrite=True).missing == 0
+    # What is refused leaves the review as it was.
+    wanted = ()
+    failures = (Failure(slide_id="a", error_class="FingerprintMismatch", message="otherwise"),)
+    assert review(max_px=256).index is None
+    assert artifacts.folder_faults(tmp_path / "review" / "abmil") == []
