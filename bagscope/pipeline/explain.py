@@ -21,7 +21,7 @@ from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
-from bagscope.pipeline.bundle import SCORES_NAME, scoring_threads
+from bagscope.pipeline.bundle import SCORES_NAME
 from bagscope.pipeline.explain_options import ExplainOptions, require_options
 from bagscope.pipeline.heatmap import score_files, study_of
 from bagscope.pipeline.study import RunSpec, Study
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 STAGE = "explain"
 WORKER_MODULES = ("bagscope.pipeline.explain_worker",)
 _PICTURE_MODULES = ("matplotlib.figure", "matplotlib.backends.backend_agg")
+THREADS = 1
+"""Of a worker, whatever their number: sums over another number of threads have other last bits."""
 TABLE_NAME = "predictions.csv"
 
 
@@ -190,7 +192,7 @@ def plan_explanations(request: ExplainRequest) -> PlannedExplanations:
             donor=donor,
             unit=1.0 if classes else _spread(rows, target, task),
             device=request.device,
-            threads=scoring_threads(run_options(run, None, "local", preload=()), len(wanted)),
+            threads=THREADS,
             overwrite=request.overwrite,
         )
         for case_id, slides in cases.items()
@@ -329,7 +331,6 @@ def _features(request: ExplainRequest, study: Study | None, files: Mapping[str, 
             if found.fingerprint == file.fields["slides"][slide_id]:
                 return str(folder)
             others = others or folder
-            break
     where = f"{study.folder / 'features'}: holds no features that these scores were made of"
     if others is not None:
         raise ConfigError(

@@ -119,18 +119,16 @@ def parts_of(asked: Asked, options: ExplainOptions) -> Parts:
 def interventions(
     asked: Asked, options: ExplainOptions, left_out: list[str]
 ) -> list[tuple[str, Intervention]]:
-    """Return the edits that are measured, each with its experiment; `left_out` says which are not.
-
-    Shares that are the same number of tiles are asked about once, by the first of them.
-    """
+    """Return the edits to measure, each with its experiment; `left_out` is told of the others."""
     subject, wanted = asked.subject, set(options.wanted)
     rows = subject.rows
     hottest = rows[order_of(asked.scores)]
     found: list[tuple[str, Intervention]] = []
-    counts: dict[int, float] = {}
-    for share in sorted(options.shares):
-        counts.setdefault(min(share_of(len(rows), share), len(rows) - 1), share)
-    tops = [(hottest[:count], f"hottest {100 * share:.4g} %") for count, share in counts.items()]
+    # On a small slide two shares may be as many tiles; over a cohort each needs all slides.
+    counts = [
+        (min(share_of(len(rows), share), len(rows) - 1), share) for share in sorted(options.shares)
+    ]
+    tops = [(hottest[:count], f"hottest {100 * share:.4g} %") for count, share in counts]
     marked = asked.marked
     if marked is not None and len(marked) in (0, len(rows)):
         which = "no" if not len(marked) else "every"
@@ -150,7 +148,7 @@ def interventions(
         for top, name in repeated:
             found += [("dose–response", one) for one in doses(top, DOSES, name)]
     if asked.donated is not None:
-        found += [("transplant", one) for one in _transplants(asked, hottest, list(counts.items()))]
+        found += [("transplant", one) for one in _transplants(asked, hottest, counts)]
     return found
 
 

@@ -414,6 +414,14 @@ def test_features_that_are_gone_or_others_are_refused(run: Path, tmp_path: Path)
     assert task_of(run, "d", features=str(moved)).location == str(moved)
     with pytest.raises(ArtifactError, match="d"):
         explain_task(dataclasses.replace(task, location=str(tmp_path / "nowhere")))
+    # Where only one slide was extracted anew, that one is refused and the others are found.
+    one = explainable_run(tmp_path / "one", {"a": 22, "b": 5})
+    there = shutil.copytree(tmp_path / "moved", features)
+    shutil.copy(one.parents[1] / "features" / "made" / "demo" / "a.h5", there / "a.h5")
+    assert task_of(run, "d").location == str(there)
+    with pytest.raises(FingerprintMismatch, match="a: its features"):
+        explain_task(task_of(run, "a"))
+    shutil.rmtree(there)
     # Tiles that are others have another fingerprint, whatever their number.
     other = explainable_run(tmp_path / "other", {slide_id: n + 1 for slide_id, n in ROWS.items()})
     shutil.copytree(other.parents[1] / "features" / "made" / "demo", features)
