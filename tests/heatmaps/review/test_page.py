@@ -106,24 +106,32 @@ def assert_lies_on_the_picture(page: Any) -> None:
     assert disagrees(np.roll(red & has_tile, 2, axis=1), white & on_slide)
 
 
-@pytest.mark.parametrize(
-    ("place", "scale"),
-    [
-        ("", 1),
-        ("&x=4000&y=3000&zoom=0.0913", 1),
-        ("&x=9700&y=6400&zoom=0.3771", 2),
-        ("&x=2100&y=1700&zoom=0.05&rotation=90", 1),
-        ("&x=5000&y=3500&zoom=0.1234&rotation=30", 1),
+VIEWS = {
+    1: [
+        "x=5600&y=3600&zoom=0.0613",
+        "x=4000&y=3000&zoom=0.0913",
+        "x=2100&y=1700&zoom=0.05&rotation=90",
+        "x=5000&y=3500&zoom=0.1234&rotation=30",
     ],
-)
+    2: ["x=9700&y=6400&zoom=0.3771"],
+}
+
+
+@pytest.mark.parametrize("pixels_per_css_px", VIEWS)
 def test_overlay_lies_on_its_tile_to_the_pixel(
-    browser: Any, bundle: Path, place: str, scale: int
+    browser: Any, bundle: Path, pixels_per_css_px: int
 ) -> None:
-    size = {"width": 920, "height": 520}
-    with watched_page(browser, bundle, viewport=size, device_scale_factor=scale) as page:
-        open_at(page, bundle, f"#slide/{BOARD}?layer=squares{place}")
+    options = {
+        "viewport": {"width": 920, "height": 520}, "reduced_motion": "reduce",
+        "device_scale_factor": pixels_per_css_px,
+    }  # fmt: skip
+    with watched_page(browser, bundle, **options) as page:
+        open_at(page, bundle, f"#slide/{BOARD}")
         show_only_the_slide(page)
-        assert_lies_on_the_picture(page)
+        for view in VIEWS[pixels_per_css_px]:
+            page.evaluate(f"location.hash = '#slide/{BOARD}?{view}'")
+            assert_lies_on_the_picture(page)
+            assert view in page.url
 
 
 def test_overlay_stays_on_its_tile_when_moved_by_hand(browser: Any, bundle: Path) -> None:

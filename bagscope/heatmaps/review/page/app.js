@@ -48,8 +48,7 @@
 
   async function showSlide(slide, view) {
     if (slide.key === shownKey && bagscope.currentSlide()) {
-      if (view.layer) bagscope.chooseLayer(view.layer);
-      if ([view.x, view.y, view.zoom].every(Number.isFinite)) bagscope.moveTo(view.x, view.y, view.zoom);
+      bagscope.applyView(view);
       return;
     }
     const own = ++opening;
@@ -93,6 +92,8 @@
   function keepView() {
     const slide = cohort.slides.find((one) => one.key === shownKey);
     if (!slide || !bagscope.isViewReady()) return;
+    // The address may name another slide already, which is to be opened next.
+    if (location.hash.split("?")[0] !== hrefOf(slide)) return;
     const wanted = Object.entries(bagscope.view()).filter(([, value]) => value !== undefined);
     history.replaceState(null, "", `${hrefOf(slide)}?${new URLSearchParams(wanted)}`);
   }

@@ -22,13 +22,24 @@
     ["[ ]", "less or more of the heatmap", null],
     ["1–9", "layer", null],
     ["a", "annotations on or off", () => !byId("toggle-annotations").hidden && bagscope.toggleOutlines()],
-    ["g", "to the tiles; ← → among them, Enter goes there", () => bagscope.focusGallery()],
-    ["v", "to the verdict", () => (byId("verdict-choices").querySelector("input:checked") ?? byId("verdict-choices").querySelector("input")).focus()],
-    ["c", "to the comment", () => byId("comment").focus()],
+    ["g", "to the tiles; ← → among them, Enter goes there", () => inPanel(bagscope.focusGallery)],
+    ["v", "to the verdict", () => inPanel(focusVerdict)],
+    ["c", "to the comment", () => inPanel(() => byId("comment").focus())],
+    ["f", "picture alone, or with its panel", () => bagscope.showAside(byId("panel").hidden)],
     ["u", "back to all slides", () => (location.hash = "")],
     ["Esc", "leave a field; take the mark away", null],
   ];
   const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+  function inPanel(act) {
+    bagscope.showAside(true);
+    act();
+  }
+
+  function focusVerdict() {
+    const choices = byId("verdict-choices");
+    (choices.querySelector("input:checked") ?? choices.querySelector("input")).focus();
+  }
 
   const onSlide = () => !byId("slide-view").hidden;
   const TYPED_IN = "input:not([type=checkbox]):not([type=radio]):not([type=range]), textarea, select";

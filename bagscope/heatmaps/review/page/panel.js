@@ -12,11 +12,17 @@
       el("label", { class: "choice", title: cohort.verdict_words?.[verdict] },
         el("input", { type: "radio", name: "verdict", value: verdict, onchange: () => keep({ verdict }) }),
         el("span", {}, verdict))));
+    byId("toggle-panel").addEventListener("click", () => showAside(byId("panel").hidden));
     byId("comment").addEventListener("input", (event) => keep({ comment: event.target.value }));
     byId("slide-reviewer").addEventListener("change", () => {
       const { verdict, comment } = bagscope.verdictOf(summary);
       if (verdict || comment) keep({});
     });
+  }
+
+  function showAside(isShown) {
+    byId("panel").hidden = !isShown;
+    byId("toggle-panel").setAttribute("aria-pressed", String(!isShown));
   }
 
   function keep(change) {
@@ -139,5 +145,5 @@
         el("span", { class: "key random", "aria-hidden": "true" }), "in random order; across: share of the tiles, up: the answer"));
   }
 
-  Object.assign(bagscope, { startPanel, showPanel, showChosenLayer });
+  Object.assign(bagscope, { startPanel, showPanel, showAside, showChosenLayer });
 })(window.bagscope);

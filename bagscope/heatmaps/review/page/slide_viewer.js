@@ -54,12 +54,6 @@
     viewer.addHandler("canvas-click", (event) => event.quick && markAt(event.position));
     viewer.canvas.addEventListener("pointermove", (event) => readAt(event));
     viewer.canvas.addEventListener("pointerleave", () => readOut(null));
-    // Tools lie over the picture: what is pressed on them is not meant for it.
-    for (const card of byId("viewport").querySelectorAll(".tools, .card")) {
-      for (const name of ["pointerdown", "wheel", "dblclick"]) {
-        card.addEventListener(name, (event) => event.stopPropagation());
-      }
-    }
     bindTools();
   }
 
@@ -159,7 +153,6 @@
     decoded.clear();
     overlay.showSlide(map, data.annotations);
     const { frame, tileSource, small, px_l0 } = sourceOf(data);
-    viewer.viewport?.setRotation(0, true);
     byId("toggle-annotations").hidden = !data.annotations.length;
     byId("toggle-annotations").setAttribute("aria-pressed", "true");
     byId("frame-note").textContent = data.frame_note;
@@ -175,8 +168,7 @@
         const size = viewer.viewport.getContainerSize();
         const perTile = (0.4 * Math.min(size.x, size.y) * px_l0) / map.size;
         viewer.viewport.maxZoomPixelRatio = viewer.maxZoomPixelRatio = Math.max(OVERZOOM, perTile);
-        if (view.rotation) viewer.viewport.setRotation(view.rotation, true);
-        if ([view.x, view.y, view.zoom].every(Number.isFinite)) moveTo(view.x, view.y, view.zoom, true);
+        placeView(view, true);
         viewer.forceRedraw();
         isReady = true;
         whenMoved();
@@ -186,6 +178,17 @@
         tileSource, x: frame.x / slide.width_l0, y: frame.y / slide.width_l0, width: frame.width / slide.width_l0,
       });
     });
+  }
+
+  function placeView(view, isAtOnce) {
+    viewer.viewport.setRotation(view.rotation, isAtOnce);
+    if ([view.x, view.y, view.zoom].every(Number.isFinite)) moveTo(view.x, view.y, view.zoom, isAtOnce);
+  }
+
+  /** Follow a link to the slide that is open already. */
+  function applyView(view) {
+    if (slide.layers.some((one) => one.id === view.layer)) chooseLayer(view.layer);
+    placeView(view, bagscope.isCalm());
   }
 
   function closeSlide() {
@@ -322,7 +325,7 @@
   }
 
   Object.assign(bagscope, {
-    startViewer, openSlide, closeSlide, chooseLayer, jumpTo, view, moveTo, zoomBy, panBy, fit, rotate, toggleOutlines,
+    startViewer, openSlide, closeSlide, applyView, chooseLayer, jumpTo, view, zoomBy, panBy, fit, rotate, toggleOutlines,
     currentSlide: () => slide,
     isViewReady: () => isReady,
     toggleHeat: () => showHeat(!isHeatShown),
