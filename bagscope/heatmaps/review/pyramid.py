@@ -112,10 +112,11 @@ def plan_picture(info: SlideInfo, max_px: int | None = None) -> Picture:
     choices = []
     for level in info.levels:
         factor = math.ceil(needed / level.downsample - 1e-9)
-        if factor >= 1:
-            # The finest that fits; of equal ones the one that is cheapest to read.
-            choices.append((factor > _FACTOR, level.downsample * factor, factor, level.downsample))
-    _, downsample, _, stored = min(choices)
+        downsample = level.downsample * factor
+        # Cheap to read unless that costs half the resolution, then the finest that fits.
+        preference = (downsample > 2 * needed, factor > _FACTOR)
+        choices.append((*preference, downsample, factor, level.downsample))
+    *_, downsample, _, stored = min(choices)
     return Picture(
         width=max(1, math.ceil(bounds.width_l0 / downsample - 1e-6)),
         height=max(1, math.ceil(bounds.height_l0 / downsample - 1e-6)),

@@ -168,6 +168,8 @@ def test_a_picture_is_as_fine_as_allowed() -> None:
     assert plan_picture(info, 9000).downsample == 12  # three pixels of the second level
     assert plan_picture(info, 50_000).downsample == 2
     assert plan_picture(info).downsample == 1
+    # Between its levels lies too much: the finest is read, whatever it costs.
+    assert plan_picture(info_of(100_000, 80_000, [1.0, 64.0], bounds), 8192).downsample == 13
 
 
 def test_what_can_not_be_read_is_striped_and_the_rest_is_there() -> None:
