@@ -134,6 +134,7 @@ class Gate:
         target = "/" + quote(path.lstrip("/")) + (f"?{rest}" if rest else "")
         answer = HTMLResponse(
             '<!doctype html><html lang="en"><meta charset="utf-8"><title>bagscope</title>'
+            '<link rel="icon" href="data:,">'
             f'<meta http-equiv="refresh" content="0;url={escape(target)}">'
             f'<p><a href="{escape(target)}">Go on to the slides</a></p></html>'
         )
