@@ -77,7 +77,9 @@ def measured(folder: Path, seed: int) -> list[recording.Row]:
         )
         for measure in MEASURES
     ]
-    rows.append(recording.Row(f"seed {seed}: heatmaps that warn", found.warned, "slides"))
+    rows.append(
+        recording.Row(f"seed {seed}: heatmaps of tumour that warn", found.warned_tumor, "slides")
+    )
     if is_new:
         rows.append(recording.Row(f"seed {seed}: from nothing", seconds, "s", at_most=MOST_SECONDS))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,7 +38,14 @@ _SAYS: dict[DemoStage, str] = {
     "heatmap": "draw what each slide's held-out model looked at",
     "review": "put slides, heatmaps and answers on one page",
 }
+_SHOWS: dict[DemoStage, str] = {
+    "tile": "the tissue and the tiles of every slide",
+    "evaluate": "what can be claimed, and what simpler models come to",
+    "heatmap": "a folder per slide: a picture, and GeoJSON for QuPath",
+    "review": "every slide with its heatmap, the planted tumour outlined",
+}
 _USUAL = SlidesSpec()
+_WIDTH = 79
 
 
 def demo(
@@ -75,7 +83,7 @@ def demo(
         found = None if findings is None else asdict(findings)
         console.print_json("demo", {"findings": found, "pages": pages})
     elif not code:
-        _print_closing(request, done, findings)
+        _print_closing(done, findings)
     raise typer.Exit(code)
 
 
@@ -122,46 +130,46 @@ def _print_stage(stage: DemoStage, report: RunReport, *, as_json: bool) -> None:
     typer.echo(f"{', '.join(parts)}, {console.duration_text(report.seconds)}")
 
 
-def _print_closing(
-    request: DemoRequest, done: Mapping[DemoStage, DemoStageDone], findings: DemoFindings | None
-) -> None:
+def _print_closing(done: Mapping[DemoStage, DemoStageDone], findings: DemoFindings | None) -> None:
+    typer.echo()
     if findings is not None:
         _print_findings(findings)
-    pages = [one.page for one in reversed(done.values()) if one.page is not None]
-    if pages:
-        typer.echo("\nopen first")
-        typer.echo(f"  {pages[0]}")
-    if pages[1:]:
-        typer.echo("and then")
-        for page in pages[1:]:
-            typer.echo(f"  {page}")
-    typer.echo("\nyour own slides, with a column of labels in a table")
+    pages = [one for one in reversed([*done.values()]) if one.page is not None]
+    for place, one in enumerate(pages):
+        if place < 2:
+            typer.echo("and then:" if place else "open first:")
+        typer.echo(f"  {one.page}\n    {_SHOWS[one.stage]}")
+    typer.echo("\nyour own slides, with a column of labels in their table:")
     typer.echo("  bagscope init STUDY --slides SLIDES.csv --target COLUMN")
     typer.echo("  bagscope run STUDY")
 
 
 def _print_findings(found: DemoFindings) -> None:
-    low, high = (f"{share:.0%}".removesuffix("%") for share in TUMOR_FRACTIONS)
-    typer.echo(
-        f"\n{found.slides} slides, half of them with tumour on {low} to {high} % of their tissue: "
-        f"{found.tumor_tiles} of\n{found.tiles:,} tiles. The models were told the slides' labels, "
-        "and nothing of where.\n"
+    low, high = (round(100 * share) for share in TUMOR_FRACTIONS)
+    _print_wrapped(
+        f"{found.slides} slides, half of them with tumour on {low} to {high} % of their tissue: "
+        f"{found.tumor_tiles} of {found.tiles:,} tiles. The models were told the slides' labels, "
+        "and nothing of where."
     )
-    rows = (
-        (found.auroc, f"the models ({found.auroc_low:.2f} to {found.auroc_high:.2f})"),
-        (found.linear_auroc, "a logistic regression on the mean of a slide's tiles"),
-        (found.colour_auroc, "one on the mean colour of its tissue"),
-    )
-    typer.echo("telling slides with tumour from those without, AUROC on slides never seen")
-    for value, name in rows:
-        typer.echo(f"  {value:.2f}  {name}")
-    typer.echo("finding the planted tumour's tiles, AUROC on slides never seen")
+    typer.echo()
+    typer.echo("slides with tumour told from those without (AUROC, slides never seen):")
+    typer.echo(f"  {found.auroc:.2f}  the models ({found.auroc_low:.2f} to {found.auroc_high:.2f})")
+    typer.echo(f"  {found.linear_auroc:.2f}  a logistic regression on the mean of a slide's tiles")
+    typer.echo(f"  {found.colour_auroc:.2f}  a logistic regression on its tissue's mean colour")
+    typer.echo("tiles of the planted tumour found (AUROC, slides never seen):")
     typer.echo(f"  {found.tile_auroc:.2f}  attention, all slides on one scale")
-    typer.echo(f"  {found.tile_auroc_within:.2f}  attention, within a slide with tumour")
-    if found.warned:
-        typer.echo(
-            f"{found.warned} of {found.slides} heatmaps carry a warning: their hot tiles are not "
-            "what the answer rests on"
+    typer.echo(f"  {found.tile_auroc_within:.2f}  attention, within the slides with tumour")
+    warned = found.warned_tumor + found.warned_normal
+    if warned:
+        _print_wrapped(
+            f"{warned} of {found.slides} heatmaps warn that attention does not drive the answer: "
+            f"{found.warned_tumor} of slides with tumour, and {found.warned_normal} of slides "
+            "without, where there is nothing to find."
         )
-    else:
-        typer.echo("no heatmap carries a warning: hot tiles are what the answers rest on")
+    if found.slides < _USUAL.slides:
+        _print_wrapped(f"So few slides teach and prove little; the usual demo has {_USUAL.slides}.")
+    typer.echo()
+
+
+def _print_wrapped(text: str) -> None:
+    typer.echo(textwrap.fill(text, _WIDTH))

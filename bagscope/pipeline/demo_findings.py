@@ -44,7 +44,8 @@ class DemoFindings:
         tile_auroc_within: the mean over slides with tumour of the AUROC among their own tiles.
         tiles: how many there are.
         tumor_tiles: of these at least half inside tumour.
-        warned: slides whose heatmap is not to be believed.
+        warned_tumor: slides with tumour whose heatmap is not to be believed.
+        warned_normal: slides without, likewise; on these there is nothing to find.
     """
 
     slides: int
@@ -57,7 +58,8 @@ class DemoFindings:
     tile_auroc_within: float
     tiles: int
     tumor_tiles: int
-    warned: int
+    warned_tumor: int
+    warned_normal: int
 
 
 def findings_of(run: Path, truth: Path) -> DemoFindings:
@@ -83,6 +85,7 @@ def findings_of(run: Path, truth: Path) -> DemoFindings:
     if not within:
         raise ArtifactError(f"{truth}: no slide of {run} has tiles inside tumour and outside it")
     all_inside = np.concatenate(inside)
+    warned = _warned(finished, target)
     return DemoFindings(
         slides=numbers["cases"],
         auroc=auroc["value"],
@@ -94,7 +97,8 @@ def findings_of(run: Path, truth: Path) -> DemoFindings:
         tile_auroc_within=float(np.mean(within)),
         tiles=len(all_inside),
         tumor_tiles=int(all_inside.sum()),
-        warned=_warned(run),
+        warned_tumor=sum(has for has in warned),
+        warned_normal=sum(not has for has in warned),
     )
 
 
@@ -152,6 +156,9 @@ def _ratio(file: ScoreFile) -> FloatArray:
     return on_scale(file.scores, file.score_kind, "ratio", Column(name="", index=None))
 
 
-def _warned(run: Path) -> int:
-    judged = [slide.faithfulness for slide in open_run(run).slides]
-    return sum(bool(one and one["warning"]) for one in judged)
+def _warned(run: FinishedRun, target: TargetSpec) -> list[bool]:
+    """Return of each slide whose heatmap warns whether it has tumour."""
+    answers = run.answers(target)
+    has_tumor = dict(zip(answers.case.tolist(), answers.truth[:, 0] > 0, strict=True))
+    judged = {slide.slide_id: slide.faithfulness for slide in open_run(run.folder).slides}
+    return [bool(has_tumor[name]) for name, one in judged.items() if one and one["warning"]]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +21,25 @@ from bagscope.pipeline.evaluate import EvaluateRequest, evaluate_run
 from bagscope.wsi.geojson import write_regions
 from bagscope.wsi.outline import Polygon, Region
 from bagscope.wsi.slide import RectL0
-from bagscope.wsi.synthetic import SyntheticSpec, write_slide
+from bagscope.wsi.synthetic import SyntheticSpec
+from bagscope.wsi.synthetic.cohort import write_alone
 from tests.heatmaps.made_run import TILE_PX, write_scores
 from tests.pipeline.made_runs import made_cohort, made_run
 
 TINY = SlidesSpec(slides=4, size_px=512, seed=3)
 
 
-def written(folder: Path, spec: SlidesSpec = TINY) -> dict[str, bytes]:
+def written(folder: Path, spec: SlidesSpec = TINY) -> None:
     made = write_slides(
         folder, spec, SilentReporter(), workers=1, status_dir=folder / "study" / "status"
     )
     assert made.exit_code == 0
-    names = ("slides", "truth")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
-        for name in names
+        for name in ("slides", "truth")
         for path in sorted((folder / name).iterdir())
     }
 
@@ -49,24 +53,35 @@ def test_half_of_the_slides_have_a_little_tumour() -> None:
     assert {row.spec.tumor_fraction for row in planned if row.label == "normal"} == {0}
 
 
-def test_slides_that_were_cut_off_are_written_again_and_others_kept(tmp_path: Path) -> None:
-    whole = written(tmp_path)
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of the tiny demo's slides, not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    written(folder)
+    return folder
+
+
+def test_slides_that_were_cut_off_are_written_again_and_others_kept(
+    made_once: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made_once, tmp_path / "demo"))
+    whole = files_of(folder)
     assert len([name for name in whole if name.endswith(".svs")]) == 4
-    kept = tmp_path / "slides" / "slide_001.svs"
+    kept = folder / "slides" / "slide_001.svs"
     before = kept.stat().st_mtime_ns
     # As left behind by a kill: a slide without its outlines in `truth`, and no table yet.
-    (tmp_path / "slides" / "slide_000.svs").write_bytes(b"half")
-    (tmp_path / "truth" / "slide_000.geojson").unlink()
-    (tmp_path / "slides" / "cohort.csv").unlink()
-    assert written(tmp_path) == whole
+    (folder / "slides" / "slide_000.svs").write_bytes(b"half")
+    (folder / "truth" / "slide_000.geojson").unlink()
+    (folder / "slides" / "cohort.csv").unlink()
+    written(folder)
+    assert files_of(folder) == whole
     assert kept.stat().st_mtime_ns == before
 
 
-def test_a_folder_of_other_slides_is_refused(tmp_path: Path) -> None:
-    written(tmp_path)
+def test_a_folder_of_other_slides_is_refused(made_once: Path) -> None:
     other = SlidesSpec(slides=4, size_px=512, seed=4)
     with pytest.raises(FingerprintMismatch, match="name another folder"):
-        written(tmp_path, other)
+        written(made_once, other)
 
 
 def test_an_unknown_stage_is_refused() -> None:
@@ -85,9 +100,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for place, label in enumerate(labels):
         # The stain gives the label away, which the features do not.
         spec = SyntheticSpec(
-            width_px=512, height_px=512, mpp=0.5, seed=place, site=int(label == "tumor")
+            width_px=256, height_px=256, mpp=0.5, seed=place, site=int(label == "tumor")
         )
-        write_slide(folder / f"s{place:03d}.svs", spec)
+        write_alone(folder / f"s{place:03d}.svs", spec)
     target = TargetSpec(column="label", positive="tumor")
     run = made_run(study, features, target, lambda case, seed: (0.4, 0.6), splits={"folds": 2})
     evaluate_run(EvaluateRequest(run=run, features=str(features), resamples=100))
@@ -133,7 +148,7 @@ def test_a_colour_that_gives_the_label_away_is_seen(planted: tuple[Path, Path]) 
     assert found.colour_auroc == 1
     assert found.auroc == 0.5  # the same answer for all
     assert found.slides == 8
-    assert found.warned == 0  # nothing was judged
+    assert (found.warned_tumor, found.warned_normal) == (0, 0)  # nothing was judged
 
 
 def test_the_command_says_what_each_stage_is_for_and_goes_on(tmp_path: Path) -> None:
@@ -146,12 +161,11 @@ def test_the_command_says_what_each_stage_is_for_and_goes_on(tmp_path: Path) -> 
     assert "12 slides done" in first.stdout
     assert "contact_sheet.html" in first.stdout
     assert max(map(len, first.stdout.replace(str(tmp_path), "").splitlines())) <= 80
-    again = CliRunner().invoke(app, [*command, "--until", "tile", "--json"])
+    again = CliRunner().invoke(app, [*command, "--until", "slides", "--json"])
     assert again.exit_code == 0
     events = [json.loads(line) for line in again.stdout.splitlines()]
     assert {e["outcome"] for e in events if e["event"] == "slide_finished"} == {"skipped"}
-    assert events[-1]["event"] == "demo"
-    assert Path(events[-1]["pages"]["tile"]).is_file()
+    assert (events[-1]["event"], events[-1]["findings"]) == ("demo", None)
     with (folder / "study" / "cohort.csv").open(encoding="utf-8", newline="") as handle:
         labels = [row["label"] for row in csv.DictReader(handle)]
     assert sorted(labels) == ["normal"] * 6 + ["tumor"] * 6
