@@ -134,7 +134,8 @@ class Panel:
 
     def _explained(self, member: Member, model: Aggregator, bags: Bags) -> _Explained:
         """Return what a member's logits are made of, and its tiles to be asked about."""
-        terms = attention_terms(model, bags)
+        # As exact as the answer itself, and at the cost of about another one, which float64 is not.
+        terms = attention_terms(model, bags, torch.float32)
         pool: Pool | None = None
         if len(member.targets) == 1:
             (target,) = member.targets
@@ -146,7 +147,7 @@ class Panel:
                 if terms is None
                 else AttentionPool(terms, question)
             )
-        summed = whole_terms(model, bags) if terms is None else terms
+        summed = whole_terms(model, bags, torch.float32) if terms is None else terms
         if summed is None:
             return _Explained(added=None, bias=None, pool=pool)
         return _Explained(

@@ -19,11 +19,13 @@ from bagscope.mil.bags import Bags, PoolingTerms
 from bagscope.mil.explain.question import Array
 
 
-def whole_terms(model: Aggregator, bags: Bags) -> PoolingTerms | None:
-    """Return what a model adds up of bags as they are, in float64; None where it is no such sum."""
-    precise = copy.deepcopy(model).double().eval()
+def whole_terms(
+    model: Aggregator, bags: Bags, dtype: torch.dtype = torch.float64
+) -> PoolingTerms | None:
+    """Return what a model adds up of bags as they are; None where it is no such sum."""
+    precise = copy.deepcopy(model).to(dtype).eval()
     with torch.inference_mode():
-        return precise.pooling_terms(bags.to(bags.features.device, torch.float64))
+        return precise.pooling_terms(bags.to(bags.features.device, dtype))
 
 
 def contributions(terms: PoolingTerms, bag_lengths: Sequence[int]) -> Array:

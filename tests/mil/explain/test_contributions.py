@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from bagscope.mil.aggregators.registry import build_aggregator
-from bagscope.mil.bags import Bags, PoolingTerms
+from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
+from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 from bagscope.mil.explain.contributions import contributions, whole_terms
+from bagscope.mil.explain.pools import attention_terms
 from tests.mil.explain.made_models import CLOSED, bags, model
 
 
@@ -47,3 +50,30 @@ def test_a_tile_contributes_its_weight_times_the_classifiers_share_of_it() -> No
 def test_where_logits_are_no_sum_there_are_none() -> None:
     assert whole_terms(model("max"), bags(5)) is None
     assert whole_terms(model("multihead"), bags(5)) is None
+
+
+class Smoothed(Aggregator):
+    """Adds the bag's mean to every tile first: terms are not a tile's own, yet they add up."""
+
+    def __init__(self, inner: Aggregator) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, made: Bags) -> BagOutput:
+        return self.inner(self.smoothed(made))
+
+    def pooling_terms(self, made: Bags) -> PoolingTerms | None:
+        return self.inner.pooling_terms(self.smoothed(made))
+
+    def smoothed(self, made: Bags) -> Bags:
+        return replace(made, features=made.features + made.features.mean(0))
+
+
+def test_behind_a_layer_that_mixes_tiles_they_add_up_as_well() -> None:
+    made, bag = Smoothed(model("abmil")), bags(9)
+    assert attention_terms(made, bag) is None
+    terms = whole_terms(made, bag)
+    assert terms is not None
+    sums = contributions(terms, [9]).sum(axis=0) + terms.bias.detach().numpy()
+    with torch.no_grad():
+        np.testing.assert_allclose(sums, made(bag).logits[0], rtol=1e-5, atol=1e-6)

@@ -201,3 +201,13 @@ def test_beginnings_without_the_heaviest_tile_are_exact() -> None:
     found = AttentionPool(terms, question).beginnings([np.array([1, 2, 0])], [1, 2, 3])
     by_hand = (1 + 2 * np.exp(-1)) / (1 + np.exp(-1))
     np.testing.assert_allclose(found[0, :, 0], [1.0, by_hand, 9.0], rtol=1e-12)
+
+
+def test_terms_in_float32_are_those_of_float64_and_mixing_is_still_seen() -> None:
+    made = bags(40)
+    for kind in CLOSED:
+        precise = pools.attention_terms(model(kind), made)
+        quick = pools.attention_terms(model(kind), made, torch.float32)
+        assert precise is not None and quick is not None and quick.values.dtype == torch.float32
+        np.testing.assert_allclose(quick.values, precise.values, rtol=1e-4, atol=1e-5)
+    assert pools.attention_terms(Mixing(model("abmil")), made, torch.float32) is None
