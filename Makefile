@@ -34,7 +34,7 @@ fmt: $(READY) ## format and sort imports
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell bagscope tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell bagscope tests benchmarks docs examples README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/mypy
 
 check: lint ## lint, types and the tests without coverage
@@ -79,8 +79,8 @@ drill: $(READY) ## kill runs and resume; damage files and find it; train on nois
 golden: $(READY) ## write the golden files of tests/golden anew (a change wants a changelog line)
 	$(BIN)/python tests/golden/make.py
 
-docs: $(READY) ## check the docs: links, named verbs, and that the README's commands run
-	$(BIN)/python -m pytest -q tests/test_docs.py
+docs: $(READY) ## check the docs: links, verbs, options, and that commands and examples run
+	$(BIN)/python -m pytest -q -m 'not network' tests/test_docs.py tests/test_docs_run.py
 
 clean: ## remove the environment and everything that a verb made
 	rm -rf $(VENV) demo build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

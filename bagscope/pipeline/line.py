@@ -185,7 +185,8 @@ def _slides_to_features(
     if "scan" in request.stages and _is_first(study, request):
         scanned = scan_cohort(study.cohort(), study.spec.tiling, study.spec.run, report)
         write_scan_csv(scanned, study.folder / SCAN_NAME)
-        yield StageDone(stage="scan", result=scanned, exit_code=scanned.exit_code)
+        # What it warns of, such as twins, fails nothing; what can't be read fails again below.
+        yield StageDone(stage="scan", result=scanned, exit_code=scanned.run.exit_code)
     if "tile" in request.stages:
         tiled = tile_cohort(
             study,

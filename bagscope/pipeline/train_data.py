@@ -174,7 +174,10 @@ def split_plan(
     # Where cases are gone, so are their labels: said already, and no change of the others.
     found = examine_splits(dataclasses.replace(plan, labels="") if gone else plan, table)
     if found.faults:
-        raise ConfigError(f"{path}: {'; '.join(found.faults[:10])}")
+        raise ConfigError(
+            f"{path}: {'; '.join(found.faults[:10])}; correct it, or make it anew with bagscope "
+            "splits make --overwrite"
+        )
     # A plan that was made just now carries the table's notes and what was found.
     said = {*table.notes, *found.notes}
     notes += [note for note in plan.notes if note not in said]

@@ -187,6 +187,8 @@ def test_a_failed_slide_never_stops_the_line(bagscope: Command, labelled: Path) 
     shutil.copyfile(slides / "a.svs", slides / "broken.svs")
     refused = bagscope("run", labelled)
     assert refused.code == 2
+    assert "not in the splits: broken" in refused.err
+    assert "splits make --overwrite" in refused.err
     assert str(labelled / TILES) in refused.out.partition("open:")[2]
     assert bagscope("splits", "make", labelled, "--target", "label", "--overwrite").code == 0
     anew = bagscope("run", labelled, "--overwrite")
