@@ -65,9 +65,11 @@ def draw(shown: Shown) -> bytes | None:
         panels.append("doses")
     if not panels:
         return None
-    width = _PANEL_INCHES * len(panels)
+    width = _PANEL_INCHES * max(2, len(panels))
     with canvas(width, _HEIGHT_INCHES) as figure:
-        every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        # Ids are long: a title shares its line with nothing.
+        heading, body = figure.subfigures(2, 1, height_ratios=[1, 14])
+        every = body.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel in zip(every, panels, strict=True):
             _frame(axes, shown)
             if panel == "doses":
@@ -76,13 +78,20 @@ def draw(shown: Shown) -> bytes | None:
                 assert judged is not None
                 _curves(axes, shown, judged, panel)
         every[0].set_ylabel(shown.answer)
-        figure.suptitle(
-            shown.title, x=0.012, ha="left", fontsize=11.5, fontweight="bold", color=INK
+        heading.text(
+            0.012,
+            0.4,
+            shown.title,
+            ha="left",
+            va="center",
+            fontsize=11.5,
+            fontweight="bold",
+            color=INK,
         )
         handles, labels = every[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        body.legend(handles, labels, loc="outside upper left", ncols=len(labels))
         lines = textwrap.wrap(shown.verdict, int(width * _LETTERS_PER_INCH))
-        figure.supxlabel("\n".join(lines), x=0.012, ha="left", fontsize=9.5, color=SOFT)
+        body.supxlabel("\n".join(lines), x=0.012, ha="left", fontsize=9.5, color=SOFT)
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
         return png.getvalue()
