@@ -137,7 +137,8 @@ def _print_closing(done: Sequence[StageDone], *, as_json: bool) -> None:
     if pages:
         typer.echo("open:")
         for stage, page in reversed(pages):
-            typer.echo(f"  {stage:<9} {page}")
+            is_near = page.is_relative_to(Path.cwd())
+            typer.echo(f"  {stage:<9} {page.relative_to(Path.cwd()) if is_near else page}")
 
 
 def _print_next(study: Study, request: LineRequest, code: int) -> None:
