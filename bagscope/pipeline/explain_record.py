@@ -160,9 +160,14 @@ def _told(explained: Explained) -> list[tuple[str, Controlled]]:
     return [
         (experiment, one)
         for experiment, one in explained.parts.effects
-        if experiment != "dose–response"
+        if is_told(experiment, one.effect.intervention)
         and any(word in one.effect.intervention for word in (share, "annotated", "region"))
     ]
+
+
+def is_told(experiment: str, intervention: str) -> bool:
+    """Return whether an intervention may have a sentence: of the doses only the largest."""
+    return experiment != "dose–response" or intervention.endswith(f"× {DOSES[-1]}")
 
 
 def _effect_sentence(experiment: str, one: Controlled, column: int, columns: Sequence[str]) -> str:

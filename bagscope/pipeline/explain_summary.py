@@ -22,7 +22,7 @@ from bagscope.mil.explain.effects import Effect, Places
 from bagscope.mil.explain.question import NO_DECISION, Array
 from bagscope.pipeline.explain import ExplainTask, PlannedExplanations
 from bagscope.pipeline.explain_annotations import RESAMPLES, estimate_text, or_none, over_slides
-from bagscope.pipeline.explain_record import RECORD_NAME, SCHEMA
+from bagscope.pipeline.explain_record import RECORD_NAME, SCHEMA, is_told
 
 SUMMARY_NAME = "summary.json"
 TABLE_NAME = "summary.csv"
@@ -347,7 +347,7 @@ def _told(planned: PlannedExplanations, rows: Sequence[_Row]) -> list[_Row]:
         is_own = row.is_of_group or (not planned.classes and row.group == EVERY)
         if planned.task == "multilabel":
             is_own = row.group == EVERY
-        if usual and is_own and row.experiment != "dose–response":
+        if usual and is_own and is_told(row.experiment, row.intervention):
             chosen.append(row)
     return chosen
 
