@@ -79,7 +79,7 @@ def test_each_column_sorts_both_ways(browser: Any, bundle: Path, rows: list[made
         "Patient": lambda row: row["patient"],
         "Fold": lambda row: row["fold"],
         "Truth": lambda row: row["truth"]["label"],
-        "Prediction": lambda row: row["predicted"]["label"]["value"],
+        "Predicted": lambda row: row["predicted"]["label"]["value"],
         "Outcome": lambda row: row["correct"],
         "Faithful": lambda row: row["faithfulness"]["score"],
         "Unlike training": lambda row: not row["ood"],

@@ -56,8 +56,8 @@
   function faithCell(slide) {
     const faith = slide.faithfulness;
     if ((faith?.score ?? null) === null && !faith?.warning) return el("span", { class: "quiet" }, "–");
-    if (!faith.warning) return el("span", { class: "number" }, brief(faith.score));
-    return el("span", { class: "chip caution", title: faith.warning }, `⚠ ${faith.score === null ? "" : brief(faith.score)}`);
+    if (!faith.warning) return el("span", { class: "number" }, bagscope.share(faith.score));
+    return el("span", { class: "chip caution", title: faith.warning }, `⚠ ${faith.score === null ? "" : bagscope.share(faith.score)}`);
   }
 
   function verdictCell(slide) {
@@ -73,7 +73,7 @@
     { id: "patient", title: "Patient", wide: true, key: (slide) => slide.patient, cell: (slide) => slide.patient },
     { id: "fold", title: "Fold", wide: true, numeric: true, if: (slide) => slide.fold !== null, key: (slide) => number(slide.fold), cell: (slide) => textOf(slide.fold) || "–" },
     { id: "truth", title: "Truth", key: truthOf, cell: (slide) => textOf(truthOf(slide)) || el("span", { class: "quiet" }, "unknown") },
-    { id: "predicted", title: "Prediction", key: (slide) => answerOf(slide)?.value ?? answerOf(slide)?.text ?? null, cell: answerCell },
+    { id: "predicted", title: "Predicted", key: (slide) => answerOf(slide)?.value ?? answerOf(slide)?.text ?? null, cell: answerCell },
     { id: "outcome", title: "Outcome", key: (slide) => OUTCOMES[outcomeOf(slide)], cell: outcomeChip },
     { id: "faithfulness", title: "Faithful", if: (slide) => slide.faithfulness, key: (slide) => number(slide.faithfulness?.score), cell: faithCell, numeric: true },
     { id: "ood", title: "Unlike training", wide: true, if: (slide) => slide.ood !== null, key: (slide) => (slide.ood ? 0 : 1), cell: (slide) => (slide.ood ? el("span", { class: "chip caution" }, "⚠ unlike") : el("span", { class: "quiet" }, "–")) },

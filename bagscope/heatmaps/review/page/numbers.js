@@ -14,7 +14,8 @@
     return String(Number(value.toPrecision(3))).replace("-", "−");
   }
 
-  const share = (value) => value.toFixed(2);
+  // Adding 0 makes a rounded −0 a plain one.
+  const share = (value) => (Math.round(100 * value) / 100 + 0).toFixed(2).replace("-", "−");
 
   /** How a target's answers are written: probabilities with both digits, so that columns align. */
   const writerOf = (target) =>

@@ -124,22 +124,18 @@
       byId("faithfulness").replaceChildren(el("p", { class: "quiet" }, "Not measured for this slide."));
       return;
     }
-    const number = (faith.score ?? null) === null
-      ? null
-      : el("b", { class: `number ${warning ? "bad" : ""}` }, brief(faith.score), " ");
-    const score = el("p", { class: "faith-line" }, number, faith.text);
     const plots = faith.curves ? [curves(faith.curves)] : [];
-    byId("faithfulness").replaceChildren(score, ...plots);
+    byId("faithfulness").replaceChildren(el("p", { class: warning ? "doubt" : "" }, faith.text), ...plots);
   }
 
   function curves(curve) {
-    const plot = (title, own, random) =>
+    const plot = (title, shares, own, random) =>
       el("figure", {}, el("figcaption", {}, title),
-        bagscope.curvePlot(title, curve.shares, [["own", curve[own]], ["random", curve[random]]]));
+        bagscope.curvePlot(title, shares, [["own", curve[own]], ["random", curve[random]]]));
     return el("div", {},
       el("div", { class: "plots" },
-        plot("Highest tiles removed", "deletion", "random_deletion"),
-        plot("Only the highest kept", "insertion", "random_insertion")),
+        plot("Highest tiles removed", curve.shares, "deletion", "random_deletion"),
+        plot("Only the highest kept", curve.insertion_shares ?? curve.shares, "insertion", "random_insertion")),
       el("p", { class: "plot-key quiet" },
         el("span", { class: "key own", "aria-hidden": "true" }), "in the heatmap's order ",
         el("span", { class: "key random", "aria-hidden": "true" }), "in random order; across: share of the tiles, up: the answer"));

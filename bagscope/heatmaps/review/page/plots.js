@@ -20,8 +20,7 @@
     // Probabilities keep their whole range, so that a flat line looks flat.
     if (low >= 0 && high <= 1) [low, high] = [0, 1];
     if (low === high) [low, high] = [low - 0.5, high + 0.5];
-    const last = shares.at(-1) || 1;
-    const x = (share) => LEFT + ((WIDTH - LEFT - RIGHT) * share) / last;
+    const x = (share) => LEFT + (WIDTH - LEFT - RIGHT) * share;
     const y = (value) => HEIGHT - BOTTOM - ((HEIGHT - TOP - BOTTOM) * (value - low)) / (high - low);
     const word = (text, place) => svg("text", place, text);
     const lines = [...series].reverse().map(([name, values]) =>
@@ -29,15 +28,14 @@
         class: `line ${name}`,
         points: values.map((value, i) => `${x(shares[i]).toFixed(1)},${y(value).toFixed(1)}`).join(" "),
       }));
-    const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", class: "plot" },
+    return svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", class: "plot" },
       svg("title", {}, title),
       svg("path", { class: "axes", d: `M${LEFT} ${TOP}V${HEIGHT - BOTTOM}H${WIDTH - RIGHT}` }),
       word(bagscope.brief(high), { x: LEFT - 3, y: TOP + 7, "text-anchor": "end" }),
       word(bagscope.brief(low), { x: LEFT - 3, y: HEIGHT - BOTTOM, "text-anchor": "end" }),
       word("0", { x: LEFT, y: HEIGHT - 9, "text-anchor": "middle" }),
-      word(`${Math.round(100 * last)} %`, { x: WIDTH - RIGHT, y: HEIGHT - 9, "text-anchor": "end" }),
+      word("100 %", { x: WIDTH - RIGHT, y: HEIGHT - 9, "text-anchor": "end" }),
       ...lines);
-    return picture;
   }
 
   bagscope.curvePlot = curvePlot;

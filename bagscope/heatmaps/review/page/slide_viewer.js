@@ -29,6 +29,7 @@
   function startViewer(onMoved) {
     whenMoved = onMoved;
     const seconds = bagscope.isCalm() ? 0 : 0.35;
+    keepStyleSheetOut();
     viewer = OpenSeadragon({
       element: byId("viewport"),
       drawer: "canvas",
@@ -55,6 +56,13 @@
     viewer.canvas.addEventListener("pointermove", (event) => readAt(event));
     viewer.canvas.addEventListener("pointerleave", () => readOut(null));
     bindTools();
+  }
+
+  /** OpenSeadragon adds a sheet unless it finds one; the page's policy allows none in the page. */
+  function keepStyleSheetOut() {
+    const standIn = document.createElementNS("urn:none", "style");
+    standIn.setAttribute("data-openseadragon-mobile-css", "none");
+    document.head.append(standIn);
   }
 
   function bindTools() {
