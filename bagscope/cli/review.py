@@ -58,7 +58,9 @@ def review(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="(default: STUDY/review/RUN)", show_default=False),
+        typer.Option(
+            "--out", help="(default: STUDY/review/RUN, or RUN-pseudonymised)", show_default=False
+        ),
     ] = None,
     workers: options.Workers = None,
     shard: options.Shard = None,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bagscope import artifacts
 from bagscope.cohort.jobs import RunReport
@@ -16,6 +17,7 @@ from bagscope.errors import ConfigError, FingerprintMismatch
 from bagscope.pipeline.review import PlannedReview, ReviewRequest, ReviewTask, plan_review
 from bagscope.pipeline.review_folder import cohort_bytes
 from bagscope.pipeline.review_worker import review_task, scored_slide, slide_bytes
+from tests.builders import LABEL_RGB, build_svs
 from tests.heatmaps.made_run import write_scores
 from tests.pipeline.reviewed import LABEL, label_row, reviewed_run, told, write_model
 from tests.pipeline.reviewed import write_predictions as write_table
@@ -53,6 +55,24 @@ def test_a_part_holds_places_numbers_and_pictures(tmp_path: Path) -> None:
     for tile in data["gallery"]:
         assert tile["value"] == pytest.approx(float(values[tile["tile"]]), rel=1e-6)
         assert (task.target.parents[1] / tile["image"]).is_file()
+
+
+def test_label_and_macro_are_in_no_picture(tmp_path: Path) -> None:
+    run = reviewed_run(tmp_path, ("a",))
+    build_svs(
+        tmp_path / "slides" / "a.svs",
+        width_px=512,
+        height_px=384,
+        associated=("thumbnail", "label", "macro"),
+    )
+    _, task = planned_one(run)
+    assert review_task(task).warnings == ()
+    pictures = list(task.target.rglob("*.jpg"))
+    assert len(pictures) > 10
+    for path in pictures:
+        with Image.open(path) as image:
+            colours = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+        assert np.abs(colours - LABEL_RGB).sum(axis=1).min() > 60
 
 
 def test_a_part_is_kept_unless_its_settings_change(tmp_path: Path) -> None:
