@@ -63,7 +63,7 @@ def agreement_text(file: ScoreFile) -> str:
     return (
         f"Agreement of {len(file.members)} models: rank correlation "
         f"{found['rank_correlation']:.2f}; {found['top_overlap']:.0%} of their top "
-        f"{found['top_tiles']} tiles are shared (by chance {found['chance_overlap']:.0%})."
+        f"{found['top_tiles']:.0f} tiles are shared (by chance {found['chance_overlap']:.0%})."
     )
 
 

@@ -177,5 +177,7 @@ def _curve(own: Curves, random: Curves) -> dict[str, Json]:
 
 
 def _number(value: float) -> float | None:
-    """Return a number as it is worth keeping: six digits; JSON knows no NaN."""
+    """Return a number as it is worth keeping: a count, or six digits; JSON knows no NaN."""
+    if isinstance(value, int):
+        return value
     return None if math.isnan(value) else float(f"{value:.6g}")

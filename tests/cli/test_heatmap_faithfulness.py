@@ -163,6 +163,7 @@ def test_contributions_and_disagreement_are_drawn(
     assert folder.name == "contribution-tumor"
     picture = (folder / "overview.svg").read_text(encoding="utf-8")
     assert "Contribution to the logit: tumor" in picture and "Agreement of 2 models" in picture
+    assert "top 10 tiles are shared" in picture
     table = pd.read_csv(folder / "tiles.csv")
     file = read_score_file(runs / "both" / "scores" / "a.h5")
     assert file.member_scores is not None and file.contribution_bias is not None
