@@ -103,7 +103,9 @@ class S6(nn.Module):
         assert self.conv1d.bias is not None, "made with one"
         x = causal_conv1d(x, kernel, self.conv1d.bias.to(x.dtype), True, borders, reverse)
         states = self.A_log.shape[1]
-        step, b, c = linear(x, self.x_proj).split([self.dt_proj.in_features, states, states], 1)
+        step, b, c = torch.split(
+            linear(x, self.x_proj), [self.dt_proj.in_features, states, states], 1
+        )
         step = functional.linear(step, self.dt_proj.weight.to(step.dtype))
         rates = -self.A_log.exp()
         bias = self.dt_proj.bias
@@ -128,13 +130,15 @@ class SSD(nn.Module):
         """Return y (T, inner) of z, x, B, C and the step sizes side by side."""
         if reverse:
             backwards = reordered(reversed_rows(borders, len(zxbcdt)), borders)
-            return self(backwards.along(zxbcdt), borders)[backwards.places]
+            return self.forward(backwards.along(zxbcdt), borders)[backwards.places]
         tiles = len(zxbcdt)
-        z, xbc, step = zxbcdt.split([self.inner, self.inner + 2 * self.states, len(self.A_log)], 1)
+        z, xbc, step = torch.split(
+            zxbcdt, [self.inner, self.inner + 2 * self.states, len(self.A_log)], 1
+        )
         kernel = self.conv1d.weight[:, 0].to(xbc.dtype)
         assert self.conv1d.bias is not None, "made with one"
         xbc = causal_conv1d(xbc, kernel, self.conv1d.bias.to(xbc.dtype), True, borders)
-        x, b, c = xbc.split([self.inner, self.states, self.states], 1)
+        x, b, c = torch.split(xbc, [self.inner, self.states, self.states], 1)
         steps = functional.softplus(step.to(self.dt_bias.dtype) + self.dt_bias)
         y = ssd_scan(
             x.reshape(tiles, -1, self.head), steps.to(x.dtype), -self.A_log.exp(),

@@ -126,8 +126,8 @@ class MambaMIL(Aggregator):
         other = self._second_way(bags, first)
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
             h = h + mixer(norm(h).to(narrow), borders, other)
-        h = self.norm(h)
-        return h if first is None else h[torch.argsort(first)]
+        found: Tensor = self.norm(h)
+        return found if first is None else found[torch.argsort(first)]
 
     def _second_way(self, bags: Bags, first: Tensor | None) -> Way | None:
         if self.options.ways == "sr":
@@ -157,9 +157,10 @@ class MambaMIL(Aggregator):
         if name == "hilbert":
             least = torch.full((len(lengths), 2), torch.iinfo(torch.int64).max, device=row.device)
             least = least.scatter_reduce(0, bag[:, None].expand(-1, 2), bags.grid.long(), "amin")
-            keys = (hilbert_index(*(bags.grid.long() - least[bag]).unbind(1)),)
+            own = bags.grid.long() - least[bag]
+            keys = [hilbert_index(own[:, 0], own[:, 1])]
         else:
-            keys = (column, row) if name == "raster" else (row, column)
+            keys = [column, row] if name == "raster" else [row, column]
         order = torch.arange(len(row), device=row.device)
         for key in (*keys, bag):
             order = order[torch.argsort(key[order], stable=True)]

@@ -27,15 +27,16 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     "clam_sb": ({"subtyping": True, "k": 3},),
     "mambamil": (
         {"ways": "bi", "order": "raster", "layers": 1},
-        {"ways": "cross", "order": "hilbert", "dropout": 0.25},
-        {"ways": "plain", "core": "mamba2", "head": 8},
-        {"ways": "sr", "core": "mamba2", "head": 8, "rate": 3, "faithful_init": True},
-        {"ways": "bi", "core": "mamba2", "head": 8},
+        {"ways": "cross", "order": "hilbert", "dropout": 0.25, "layers": 1},
+        {"ways": "sr", "core": "mamba2", "head": 8, "rate": 3, "layers": 1},
     ),
     "max": ({"level": "embedding"},),
     "mean": ({"level": "embedding", "activation": "gelu", "init": "torch"},),
 }
 """Options beside the defaults, with a narrow projection, so that it is quick."""
+
+DRAWS: dict[str, dict[str, Any]] = {"mambamil": {"hidden": 16, "dropout": 0.25}}
+"""Options of those that draw nothing by default."""
 
 
 def test_every_kind_is_of_a_registered_one() -> None:
@@ -67,7 +68,7 @@ def test_a_single_output_is_a_column(name: str) -> None:
 
 @pytest.mark.parametrize("name", aggregator_names())
 def test_no_seed_is_too_large_to_draw_from(name: str) -> None:
-    model = build_aggregator(name, 12, 2).train()
+    model = build_aggregator(name, 12, 2, DRAWS.get(name)).train()
     bags = Bags.of([normal(5, 12)], seed=2**62 + 11, step=2**40)
     first = model(bags).logits
     assert torch.equal(first, model(bags).logits)
