@@ -19,21 +19,23 @@
     };
   }
 
-  async function route() {
+  /** The slide's key and the query of the address; no key where it names no slide. */
+  function addressed() {
     const [, name, query] = /^#slide\/([^?]*)\??(.*)$/.exec(location.hash) ?? [];
-    if (name === undefined) return showCohort();
-    let key = name;
     try {
-      key = decodeURIComponent(name);
+      return { key: name && decodeURIComponent(name), query };
     } catch {
-      // A broken escape names no slide, which is said below.
+      return { key: name, query };
     }
+  }
+
+  async function route() {
+    const { key, query } = addressed();
+    if (key === undefined) return showCohort();
     const slide = cohort.slides.find((one) => one.key === key);
-    if (!slide) {
-      showCohort();
-      return bagscope.fault(`There is no slide ${key} in this bundle.`);
-    }
-    return showSlide(slide, viewOf(query));
+    if (slide) return showSlide(slide, viewOf(query));
+    showCohort();
+    return bagscope.fault(`There is no slide ${key} in this bundle.`);
   }
 
   function showCohort() {
@@ -93,7 +95,7 @@
     const slide = cohort.slides.find((one) => one.key === shownKey);
     if (!slide || !bagscope.isViewReady()) return;
     // The address may name another slide already, which is to be opened next.
-    if (location.hash.split("?")[0] !== hrefOf(slide)) return;
+    if (addressed().key !== shownKey) return;
     const wanted = Object.entries(bagscope.view()).filter(([, value]) => value !== undefined);
     history.replaceState(null, "", `${hrefOf(slide)}?${new URLSearchParams(wanted)}`);
   }
