@@ -68,7 +68,7 @@ def draw(shown: Shown) -> bytes | None:
     width = _PANEL_INCHES * max(2, len(panels))
     with canvas(width, _HEIGHT_INCHES) as figure:
         # Ids are long: a title shares its line with nothing.
-        heading, body = figure.subfigures(2, 1, height_ratios=[1, 14])
+        heading, body = figure.subfigures(2, 1, squeeze=False, height_ratios=[1, 14])[:, 0]
         every = body.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel in zip(every, panels, strict=True):
             _frame(axes, shown)
