@@ -127,7 +127,9 @@ def cohort_bytes(planned: PlannedReview, *, live: bool = False) -> bytes:
                 tiles=slide.tiles,
                 ood=slide.ood,
                 faithfulness=slide.faithfulness,
-                has_thumb=slide.path is not None if live else (task.target / THUMB_NAME).is_file(),
+                has_thumb=slide.path is not None and slide.path.exists()
+                if live
+                else (task.target / THUMB_NAME).is_file(),
                 verdicts=[_scrubbed(one, planned) for one in own],
                 notes=facts.get("notes", ()),
             )

@@ -90,7 +90,8 @@ def test_a_run_is_served_and_nothing_of_the_study_is_changed(
         assert asked(port, f"/abmil/{name.decode()}")[0] == 200
     cohort = script(asked(port, "/abmil/data/cohort.js")[1])
     assert cohort["live"] is True
-    assert [slide["key"] for slide in cohort["slides"]] == ["a", "b", "c"]  # type: ignore[attr-defined]
+    slides = {slide["key"]: slide["thumb"] for slide in cohort["slides"]}  # type: ignore[attr-defined]
+    assert slides == {"a": "slides/a/thumb.jpg", "b": "slides/b/thumb.jpg", "c": None}
     told = script(asked(port, "/abmil/slides/a/slide.js")[1])
     picture = told["picture"]
     assert isinstance(picture, dict)
