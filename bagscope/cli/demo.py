@@ -156,9 +156,10 @@ def _print_findings(found: DemoFindings) -> None:
     typer.echo(f"  {found.auroc:.2f}  the models ({found.auroc_low:.2f} to {found.auroc_high:.2f})")
     typer.echo(f"  {found.linear_auroc:.2f}  a logistic regression on the mean of a slide's tiles")
     typer.echo(f"  {found.colour_auroc:.2f}  a logistic regression on its tissue's mean colour")
-    typer.echo("tiles of the planted tumour found (AUROC, slides never seen):")
-    typer.echo(f"  {found.tile_auroc:.2f}  attention, all slides on one scale")
-    typer.echo(f"  {found.tile_auroc_within:.2f}  attention, within the slides with tumour")
+    if found.tile_auroc is not None:
+        typer.echo("tiles of the planted tumour found (AUROC, slides never seen):")
+        typer.echo(f"  {found.tile_auroc:.2f}  attention, all slides on one scale")
+        typer.echo(f"  {found.tile_auroc_within:.2f}  attention, within the slides with tumour")
     warned = found.warned_tumor + found.warned_normal
     if warned:
         _print_wrapped(

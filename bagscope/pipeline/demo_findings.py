@@ -42,6 +42,7 @@ class DemoFindings:
         tile_auroc: of attention (times the slide's tiles) against the planted tumour, the tiles of
             all slides pooled.
         tile_auroc_within: the mean over slides with tumour of the AUROC among their own tiles.
+            Both are None where the slides are so small that no tile is half inside tumour.
         tiles: how many there are.
         tumor_tiles: of these at least half inside tumour.
         warned_tumor: slides with tumour whose heatmap is not to be believed.
@@ -54,8 +55,8 @@ class DemoFindings:
     auroc_high: float
     linear_auroc: float
     colour_auroc: float
-    tile_auroc: float
-    tile_auroc_within: float
+    tile_auroc: float | None
+    tile_auroc_within: float | None
     tiles: int
     tumor_tiles: int
     warned_tumor: int
@@ -82,8 +83,6 @@ def findings_of(run: Path, truth: Path) -> DemoFindings:
         for values, is_tumor in zip(scores, inside, strict=True)
         if is_tumor.any() and not is_tumor.all()
     ]
-    if not within:
-        raise ArtifactError(f"{truth}: no slide of {run} has tiles inside tumour and outside it")
     all_inside = np.concatenate(inside)
     warned = _warned(finished, target)
     return DemoFindings(
@@ -93,8 +92,8 @@ def findings_of(run: Path, truth: Path) -> DemoFindings:
         auroc_high=auroc["high"],
         linear_auroc=numbers["baselines"]["linear"]["headline"]["value"],
         colour_auroc=colour_auroc(finished, target),
-        tile_auroc=float(binary_auroc(all_inside, np.concatenate(scores))),
-        tile_auroc_within=float(np.mean(within)),
+        tile_auroc=float(binary_auroc(all_inside, np.concatenate(scores))) if within else None,
+        tile_auroc_within=float(np.mean(within)) if within else None,
         tiles=len(all_inside),
         tumor_tiles=int(all_inside.sum()),
         warned_tumor=sum(has for has in warned),
