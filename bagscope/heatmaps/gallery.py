@@ -122,21 +122,22 @@ def pick_sides(
     *,
     min_distance_l0: float = 0.0,
 ) -> dict[Side, Rows]:
-    """Return the rows of both sides; no tile is on both, and of few tiles each side has half."""
-    known = int(np.count_nonzero(~np.isnan(values)))
-    coords = places.coords_l0
-    top = pick_tiles(
-        values, coords, min(count, math.ceil(known / 2)), "top", min_distance_l0=min_distance_l0
-    )
-    bottom = pick_tiles(
-        values,
-        coords,
-        min(count, known // 2),
-        "bottom",
-        min_distance_l0=min_distance_l0,
-        barred=top,
-    )
-    return {"top": top, "bottom": bottom}
+    """Return the rows of both sides: each is picked from its own half of the tiles.
+
+    Where tiles must lie apart, a small slide would else show as its lowest what is higher than what
+    it shows as its highest.
+    """
+    numbers = np.asarray(values, np.float64)
+    order = np.argsort(-numbers, kind="stable")[: np.count_nonzero(~np.isnan(numbers))]
+    higher, lower = np.split(order, [math.ceil(len(order) / 2)])
+
+    def picked(side: Side, others: Rows) -> Rows:
+        coords = places.coords_l0
+        return pick_tiles(
+            numbers, coords, count, side, min_distance_l0=min_distance_l0, barred=others
+        )
+
+    return {"top": picked("top", lower), "bottom": picked("bottom", higher)}
 
 
 # --- their pixels ---------------------------------------------------------------------------

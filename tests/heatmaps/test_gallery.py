@@ -112,6 +112,21 @@ def test_no_tile_is_on_both_sides_and_few_are_halved(tiles: int) -> None:
     assert (values[sides["top"]].min(initial=9)) >= values[sides["bottom"]].max(initial=0)
 
 
+@given(
+    values=st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=36),
+    far=st.sampled_from([0.0, 2.0, 3.0]),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_highest_tile_is_lower_than_a_lowest(values: list[float], far: float) -> None:
+    numbers = np.array(values)
+    places = places_on(6 * 64, math.ceil(len(values) / 6) * 64, 64.0)
+    numbers = np.append(numbers, np.full(len(places) - len(values), math.nan))
+    sides = pick_sides(numbers, places, 12, min_distance_l0=far * places.extent_l0)
+    assert numbers[sides["top"]].min() >= numbers[sides["bottom"]].max(initial=-9)
+    assert numbers[sides["top"]].max() == max(values)
+    assert len(values) == 1 or numbers[sides["bottom"]].min() == min(values)
+
+
 def test_neighbours_are_no_nine_finds() -> None:
     places = made_places(20, 20)
     row, column = np.mgrid[0:20, 0:20]
