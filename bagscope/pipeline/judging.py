@@ -18,7 +18,6 @@ import numpy as np
 from bagscope.artifacts import Json
 from bagscope.heatmaps.scores import Column, on_scale, pick_column, scales_for
 from bagscope.mil.explain.faithfulness import (
-    ORDERS,
     SHARES,
     Curves,
     Faithfulness,
@@ -78,7 +77,7 @@ def judged(answer: Answer, members: Sequence[Member]) -> dict[str, Json]:
         pool,
         rows,
         [one.heatmap for one in shown],
-        orders=ORDERS if closed else PACKED_ORDERS,
+        orders=None if closed else PACKED_ORDERS,
         shares=SHARES if closed else PACKED_SHARES,
         unit=unit,
     )

@@ -172,16 +172,13 @@ def faithfulness_data(judged: Judgement) -> dict[str, Json]:
 
 
 def annotations_data(regions: Sequence[Region]) -> list[Json]:
-    """Return annotations as polygons of rings, the exterior first."""
-    return [
-        {
-            "class": region.class_name,
-            "polygons": [
-                [ring.round(2).tolist() for ring in polygon.rings_l0] for polygon in region.polygons
-            ],
-        }
-        for region in regions
-    ]
+    """Return annotations as polygons of rings, the exterior first; those of a class together."""
+    polygons: dict[str, list[Json]] = {}
+    for region in regions:
+        polygons.setdefault(region.class_name, []).extend(
+            [ring.round(2).tolist() for ring in polygon.rings_l0] for polygon in region.polygons
+        )
+    return [{"class": name, "polygons": found} for name, found in polygons.items()]
 
 
 def _size_l0(places: TilePlaces | None, picture: Picture | None) -> tuple[float, float]:

@@ -33,7 +33,9 @@ THRESHOLD = 0.1
 """Least score that needs no warning: ten points of probability, on average."""
 CHANCE = 0.05
 """Largest share of random orders that may do as well without a warning."""
-ORDERS = 20
+ORDERS, CLOSED_ORDERS = 20, 99
+"""Random orders; more where a closed form makes them cheap, since where few tiles decide, one order
+in some dozens happens to begin with them."""
 LEVEL = 0.95
 
 
@@ -183,7 +185,7 @@ def faithfulness(
     scores: npt.ArrayLike,
     *,
     column: int | None = None,
-    orders: int = ORDERS,
+    orders: int | None = None,
     seed: int = 0,
     unit: float = 1.0,
     shares: Sequence[float] = SHARES,
@@ -195,7 +197,7 @@ def faithfulness(
         rows: of the bag in the pool.
         scores: (n,) of these tiles, higher is hotter.
         column: of the answers; the one decided for, or else the highest, where not given.
-        orders: random ones.
+        orders: random ones; `CLOSED_ORDERS` of a pool with a closed form, else `ORDERS`, if None.
         seed: of these.
         unit: what an answer counts in; of a risk, say, its standard deviation over the cohort.
         shares: of the tiles at which curves are read, above 0 and below 1; fewer cost less where
@@ -215,7 +217,7 @@ def faithfulness_of_each(
     rows: Rows,
     shown: Sequence[Heatmap],
     *,
-    orders: int = ORDERS,
+    orders: int | None = None,
     seed: int = 0,
     unit: float = 1.0,
     shares: Sequence[float] = SHARES,
@@ -229,7 +231,7 @@ def faithfulness_of_each(
         pool: of the model whose prediction is explained.
         rows: of the bag in the pool.
         shown: the heatmaps.
-        orders: random ones.
+        orders: random ones; `CLOSED_ORDERS` of a pool with a closed form, else `ORDERS`, if None.
         seed: of these.
         unit: what an answer counts in.
         shares: of the tiles at which curves are read.
@@ -237,6 +239,8 @@ def faithfulness_of_each(
     Raises:
         ValueError: scores that are not one finite number a tile.
     """
+    if orders is None:
+        orders = CLOSED_ORDERS if pool.is_closed_form else ORDERS
     ordered = [order_of(one.scores) for one in shown]
     for order in ordered:
         if len(order) != len(rows):

@@ -11,6 +11,8 @@ from scipy import stats
 
 from bagscope.mil.bags import Bags
 from bagscope.mil.explain.faithfulness import (
+    CHANCE,
+    CLOSED_ORDERS,
     THRESHOLD,
     Curves,
     Faithfulness,
@@ -40,7 +42,7 @@ def planted(place: int) -> tuple[Pool, np.ndarray, np.ndarray]:
 def test_attention_that_drives_scores_high_and_shuffled_is_warned_of(place: int) -> None:
     pool, rows, attention = planted(place)
     found = faithfulness(pool, rows, attention)
-    assert found.score > 0.35 and found.chance == 1 / 21
+    assert found.score > 0.35 and found.chance == 1 / (1 + CLOSED_ORDERS)
     assert found.low <= found.score <= found.high
     assert found.warning == ""
     shuffled = np.random.default_rng(place).permutation(attention)
@@ -59,8 +61,8 @@ def test_shuffled_scores_escape_the_warning_once_in_twenty_times() -> None:
         not faithfulness(pool, rows, generator.normal(size=len(rows)), seed=seed).warning
         for seed in range(40)
     ]
-    # At a rate of 1/21, more than 6 of 40 would come less than once in a hundred times.
-    assert stats.binom.sf(6, 40, 1 / 21) < 0.01
+    # At the rate of CHANCE, more than 6 of 40 would come less than once in a hundred times.
+    assert stats.binom.sf(6, 40, CHANCE) < 0.01
     assert sum(trusted) <= 6
 
 
