@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -240,9 +241,12 @@ def _draw_finer(request: FineRequest, *, as_json: bool) -> None:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        numbers = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ConfigError(f"--levels is {text!r}; write numbers separated by commas") from None
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"--levels is {text!r}; write numbers separated by commas")
+    return numbers
 
 
 def _doubts(planned: PlannedHeatmaps) -> list[str]:

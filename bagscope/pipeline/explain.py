@@ -157,7 +157,8 @@ def plan_explanations(request: ExplainRequest) -> PlannedExplanations:
     options = request.options
     require_options(options)
     study, name = study_of(request.place, request.workers)
-    files, notes = score_files(request.place)
+    files, damaged = score_files(request.place)
+    notes = tuple(damaged.values())
     bundle, folders = _members(request, study, files)
     target, task, classes = _target(bundle, options)
     location = _features(request, study, files)
@@ -165,7 +166,7 @@ def plan_explanations(request: ExplainRequest) -> PlannedExplanations:
     if folder is None:
         raise ConfigError(f"{request.place}: in no study; name where the output goes with --out")
     cases = _cases(study, files)
-    wanted = _wanted(request.slides, cases)
+    wanted = _wanted(request.slides, cases, damaged)
     annotations = _annotations(request, [s for case in wanted for s in cases[case]])
     donor = _donor(request, files)
     rows = _rows(request.place / TABLE_NAME)
@@ -356,9 +357,13 @@ def _cases(study: Study | None, files: Mapping[str, ScoreFile]) -> dict[str, tup
     return found
 
 
-def _wanted(slides: Sequence[str], cases: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def _wanted(
+    slides: Sequence[str], cases: Mapping[str, Sequence[str]], damaged: Mapping[str, str]
+) -> tuple[str, ...]:
     case_of = {slide_id: case for case, every in cases.items() for slide_id in every}
     for slide_id in slides:
+        if slide_id in damaged:
+            raise ConfigError(f"--slide {slide_id}: {damaged[slide_id]}")
         if slide_id not in case_of:
             known = list(case_of)
             raise ConfigError(f"--slide {slide_id}: has no scores{did_you_mean(slide_id, known)}")

@@ -147,8 +147,9 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
     """
     _require_known_formats(request.formats)
     study, name = study_of(request.place, request.workers)
-    files, notes = score_files(request.place)
-    wanted = _wanted(request.slides, tuple(files))
+    files, damaged = score_files(request.place)
+    # What can't be read fails by itself, with its reason.
+    wanted = _wanted(request.slides, sorted({*files, *damaged}))
     first = next(iter(files.values()))
     task = task_of(request.place, study)
     scale = require_scale(
@@ -207,11 +208,12 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
         colours=colours,
         of=of,
         tasks=tasks,
-        notes=(*notes, *unusable),
+        notes=unusable,
         doubted=tuple(
             slide_id
             for slide_id in wanted
             if request.shows == "score"
+            and slide_id in files
             and judgement_of(files[slide_id], scale, columns[slide_id].name).warning
         ),
     )
@@ -267,8 +269,8 @@ def study_of(place: Path, workers: int | None = None) -> tuple[Study | None, str
     return None, place.name
 
 
-def score_files(place: Path) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
-    """Return the readable score files of a run or a prediction by slide, and what others lack.
+def score_files(place: Path) -> tuple[dict[str, ScoreFile], dict[str, str]]:
+    """Return the readable score files of a run or a prediction and what others lack, by slide.
 
     Raises:
         ConfigError: there is none, or they are of different models.
@@ -281,20 +283,20 @@ def score_files(place: Path) -> tuple[dict[str, ScoreFile], tuple[str, ...]]:
         raise ConfigError(
             f"{folder}: no scores there; name a run that has come to its end, or a prediction"
         )
-    files, damaged = {}, []
+    files, damaged = {}, {}
     for path in paths:
         try:
             files[path.stem] = read_score_file(path)
         except ArtifactError as error:
-            damaged.append(str(error))
+            damaged[path.stem] = str(error)
     if not files:
-        raise ConfigError(damaged[0])
+        raise ConfigError(next(iter(damaged.values())))
     kinds = {(file.score_kind, file.score_names) for file in files.values()}
     # What an older bagscope wrote names no logits.
     logits = {file.contribution_names for file in files.values()} - {()}
     if len(kinds) > 1 or len(logits) > 1:
         raise ConfigError(f"{folder}: holds scores of different models; predict anew")
-    return files, tuple(damaged)
+    return files, damaged
 
 
 def _names(file: ScoreFile, scale: ScaleName) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bagscope import artifacts
 from bagscope.artifacts import Json
 from bagscope.cohort.jobs import StageResult
-from bagscope.errors import ArtifactError, SchemaError, SlideError
+from bagscope.errors import SchemaError
 from bagscope.heatmaps.bag_scores import slides_of_bag
 from bagscope.heatmaps.choices import GalleryOptions, Shows
 from bagscope.heatmaps.gallery import GalleryPart, open_as_tiled, write_gallery
@@ -38,16 +38,18 @@ from bagscope.heatmaps.tile_places import TilePlaces, places_of, require_same_sl
 from bagscope.mil.score_file import ScoreFile, read_score_file
 from bagscope.pipeline.heatmap import HeatmapTask
 from bagscope.pipeline.tile import scene_of
+from bagscope.pipeline.tiled_slide import find_tiling, require_tiled_slide
 from bagscope.wsi.geojson_parse import parse_features
 from bagscope.wsi.identity import slide_identity
 from bagscope.wsi.opening import open_slide
 from bagscope.wsi.outline import TISSUE, Region
-from bagscope.wsi.tile_file import TileFile, read_tile_file
+from bagscope.wsi.tile_file import TileFile
 
 NUMERICS = 2
 """Raised by hand, with a changelog line, when the same scores would be drawn differently."""
 
 GALLERY = "gallery"
+SHOW_PIXELS = frozenset({"png", "svg", GALLERY})
 
 Measured = dict[str, NDArray[np.float64]]
 
@@ -88,7 +90,7 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
 
     Raises:
         FingerprintMismatch: it was drawn otherwise.
-        SlideError: the slide is not the one that the tiles were cut from, or can't be read.
+        SlideError: the slide is not the file that was tiled, or can't be read.
         ArtifactError: scores that are damaged, or no numbers.
     """
     file = read_score_file(task.scores)
@@ -96,7 +98,9 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
     slide = task.slide if task.slide is not None and task.slide.exists() else None
     if not places.is_slide:
         slide = None
-    tiles = _tile_file(task, file)
+    tiles = find_tiling(task.tilings, task.slide_id, file.coords_l0)
+    if slide is not None and SHOW_PIXELS.intersection(task.formats):
+        require_tiled_slide(slide, tiles, task.slide_id)
     fields = _fields(task, file, slide, tiles)
     stored = _stored(task.target)
     facts: dict[str, Json] = {"tiles": len(places)}
@@ -141,7 +145,7 @@ def heatmap_task(task: HeatmapTask) -> StageResult:
                 shutil.copytree(task.target / GALLERY, folder / GALLERY)
             elif name == GALLERY and slide is not None:
                 options = GalleryOptions(**fields[GALLERY])
-                warnings += _gallery(drawing, folder, slide, tiles, options)
+                warnings += _gallery(drawing, folder, slide, options)
             elif name not in pictures:
                 warnings += _write(drawing, folder, name)
     return StageResult(
@@ -341,17 +345,9 @@ def _overview(drawing: Drawing, formats: Sequence[str], slide: Path | None) -> d
     )
 
 
-def _gallery(
-    drawing: Drawing, folder: Path, slide: Path, tiles: TileFile | None, options: GalleryOptions
-) -> Sequence[str]:
+def _gallery(drawing: Drawing, folder: Path, slide: Path, options: GalleryOptions) -> Sequence[str]:
     """Cut a gallery's tiles; return sentences for the user."""
     task, file = drawing.task, drawing.file
-    if tiles is not None and tiles.fields.get("slide") != slide_identity(slide):
-        raise SlideError(
-            f"{task.slide_id}: {slide.name} is not the file that was tiled (its size or content "
-            "changed), so its pixels are not what the model saw; correct its path in the cohort, "
-            "or tile, extract and predict anew"
-        )
     opened, notes = open_as_tiled(
         slide, file.tile, mpp=task.slide_mpp, scene=scene_of(task.slide_id)
     )
@@ -408,16 +404,3 @@ def _tissue(tiles: TileFile | None) -> tuple[Region, ...]:
         tiles.slide_id, json.loads(tiles.outline_geojson), (bounds.x_l0, bounds.y_l0)
     )
     return tuple(region for region in regions if region.class_name == TISSUE)
-
-
-def _tile_file(task: HeatmapTask, file: ScoreFile) -> TileFile | None:
-    if task.tilings is None or file.coords_l0 is None:
-        return None
-    for path in sorted(task.tilings.glob(f"*/{task.slide_id}.h5")):
-        try:
-            found = read_tile_file(path)
-        except ArtifactError:
-            continue  # its own stage says so
-        if np.array_equal(found.coords_l0, file.coords_l0):
-            return found
-    return None

@@ -73,6 +73,7 @@ class ReviewTask:
         task: of the model's only target.
         annotation: GeoJSON, None for none.
         pseudonyms: where ids must not appear.
+        tilings: folder of the study's tilings.
     """
 
     slide: ReviewedSlide
@@ -83,6 +84,7 @@ class ReviewTask:
     settings: Mapping[str, Json]
     annotation: Path | None
     pseudonyms: Pseudonyms | None
+    tilings: Path | None
     overwrite: bool
 
 
@@ -169,6 +171,7 @@ def plan_review(request: ReviewRequest) -> PlannedReview:
             settings=settings,
             annotation=annotations.get(slide.slide_id),
             pseudonyms=pseudonyms,
+            tilings=run.study.folder / "tilings" if run.study else None,
             overwrite=request.overwrite,
         )
     if pseudonyms is not None:

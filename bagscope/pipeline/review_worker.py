@@ -38,6 +38,7 @@ from bagscope.heatmaps.tile_places import TilePlaces, places_of, require_same_sl
 from bagscope.mil.score_file import ScoreFile, read_score_file
 from bagscope.pipeline.review import ReviewTask
 from bagscope.pipeline.tile import scene_of
+from bagscope.pipeline.tiled_slide import find_tiling, require_tiled_slide
 from bagscope.wsi.contact_sheet import without_folders
 from bagscope.wsi.geojson import read_regions
 from bagscope.wsi.identity import slide_identity
@@ -222,6 +223,8 @@ def _show(task: ReviewTask, scored: Scored, folder: Path, shown: _Shown) -> None
             stack.enter_context(slide)
             if scored.places is not None:
                 require_same_slide(scored.places, slide.info, task.slide.slide_id)
+                tiles = find_tiling(task.tilings, task.slide.slide_id, scored.places.coords_l0)
+                require_tiled_slide(task.slide.path, tiles, task.slide.slide_id)
             picture = plan_picture(slide.info, int(task.settings["max_px"]))
             thumb = thumbnail_jpeg(slide, picture)
         except (BagscopeError, OSError) as error:

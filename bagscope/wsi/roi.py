@@ -168,5 +168,5 @@ def require_inside(
         f"{slide_name}: every region of {file_name} lies outside the slide "
         f"(regions x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}; "
         f"slide x {left} to {right}, y {top} to {bottom}); "
-        "is it this slide's file, and in its frame (--frame qupath or openslide)?"
+        "is it this slide's file, and in the frame it is read in (qupath or openslide)?"
     )

@@ -57,6 +57,7 @@ def test_a_dry_run_writes_nothing(bagscope: Command, tmp_path: Path) -> None:
     assert "1 slides, ratio; colours from 0.5 to 2 on all of them" in ran.out
     assert files_of(tmp_path) == before
     assert bagscope("heatmap", run, "--dry-run", "--levels", "2;4").code == 2
+    assert "numbers" in bagscope("heatmap", run, "--dry-run", "--levels", "nan").err
 
 
 def test_verify_finds_a_flipped_bit_in_any_file(bagscope: Command, tmp_path: Path) -> None:

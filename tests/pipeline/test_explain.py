@@ -405,6 +405,14 @@ def test_options_that_do_not_fit_are_refused(
         plan_explanations(request)
 
 
+def test_scores_that_can_not_be_read_are_no_missing_ones(run: Path) -> None:
+    path = run / "scores" / "d.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"--slide d: .*d\.h5"):
+        plan_explanations(ExplainRequest(place=run, slides=("d",)))
+    assert any("d.h5" in note for note in plan_explanations(ExplainRequest(place=run)).notes)
+
+
 def test_features_that_are_gone_or_others_are_refused(run: Path, tmp_path: Path) -> None:
     features = run.parents[1] / "features" / "made" / "demo"
     task = task_of(run, "d")

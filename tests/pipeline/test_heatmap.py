@@ -173,6 +173,19 @@ def test_what_can_not_be_drawn_is_refused_at_once(
         plan_heatmaps(dataclasses.replace(HeatmapRequest(place=run), **options))  # type: ignore[arg-type]
 
 
+def test_scores_that_can_not_be_read_are_no_missing_ones(tmp_path: Path) -> None:
+    run = made_study(tmp_path, ("a", "b"))
+    for slide_id in ("a", "b"):
+        write_scores(run, slide_id, log_weights(5))
+    path = run / "scores" / "b.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    tasks = plan_heatmaps(HeatmapRequest(place=run, slides=("b",), formats=("csv",))).tasks
+    assert list(plan_heatmaps(HeatmapRequest(place=run)).tasks) == ["a", "b"]
+    with pytest.raises(ArtifactError, match=r"b\.h5"):
+        heatmap_task(tasks["b"])
+    assert not tasks["b"].target.exists()
+
+
 def test_predictions_have_heatmaps_of_their_own(tmp_path: Path) -> None:
     run = made_study(tmp_path, ("a",))
     there = tmp_path / "predictions" / "abmil" / "new"
