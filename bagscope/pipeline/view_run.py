@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bagscope.artifacts import fingerprint
 from bagscope.errors import ArtifactError
 from bagscope.heatmaps.review.live.reader import CutWanted, SlideAt
 
@@ -36,11 +37,12 @@ class LiveRun:
         """Return where a slide lies, None where nothing says or its bag never was a slide."""
         from bagscope.pipeline.tile import scene_of
 
-        slide = self._task(key).slide
+        task = self._task(key)
+        slide = task.slide
         if slide.path is None:
             return None
         try:
-            file = _scored_tiles(slide.scores)
+            file = _scored_tiles(slide.scores, task.tilings)
         except ArtifactError:
             file = _Tiles()
         if not file.is_slide:
@@ -51,6 +53,7 @@ class LiveRun:
             scene=scene_of(slide.slide_id),
             backend=file.backend,
             size_l0=file.size_l0,
+            identity=file.identity,
         )
 
     def cohort_script(self) -> bytes:
@@ -77,7 +80,8 @@ class LiveRun:
         asked, at = _GALLERY_NAME.fullmatch(name), self.slide_at(key)
         if asked is None or at is None:
             return None
-        tiles = _scored_tiles(self._task(key).slide.scores)
+        task = self._task(key)
+        tiles = _scored_tiles(task.slide.scores, task.tilings)
         row = int(asked[1])
         if tiles.coords_l0 is None or row >= len(tiles.coords_l0):
             return None
@@ -115,11 +119,12 @@ class _Tiles(NamedTuple):
     tile_px: int = 0
     backend: str | None = None
     size_l0: tuple[int, int] | None = None
+    identity: str | None = None
 
 
 @lru_cache(maxsize=16)
-def _scored_tiles(scores: Path) -> _Tiles:
-    """Return what a score file says of its tiles.
+def _scored_tiles(scores: Path, tilings: Path | None) -> _Tiles:
+    """Return what a score file says of its tiles, and their tiling of the slide's file.
 
     Raises:
         ArtifactError: it can't be read.
@@ -127,8 +132,10 @@ def _scored_tiles(scores: Path) -> _Tiles:
     from bagscope.heatmaps.gallery import UNSTATED_TILE_PX
     from bagscope.heatmaps.tile_places import places_of
     from bagscope.mil.score_file import read_score_file
+    from bagscope.pipeline.tiled_slide import find_tiling
 
     file = read_score_file(scores)
+    tiled = find_tiling(tilings, file.slide_id, file.coords_l0)
     places = places_of(file.coords_l0, file.grid, file.tile, len(file.scores))
     stated: Any = file.tile.get("backend")
     size = places.size_l0
@@ -139,4 +146,5 @@ def _scored_tiles(scores: Path) -> _Tiles:
         tile_px=int(file.tile.get("tile_px") or UNSTATED_TILE_PX),
         backend=stated if isinstance(stated, str) else None,
         size_l0=None if size is None else (int(size[0]), int(size[1])),
+        identity=None if tiled is None else fingerprint(tiled.fields.get("slide", {})),
     )

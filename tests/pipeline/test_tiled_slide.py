@@ -10,10 +10,12 @@ import pytest
 from scipy import special
 
 from bagscope.errors import SlideError
+from bagscope.heatmaps.review.live import reader
 from bagscope.pipeline.heatmap import HeatmapRequest, plan_heatmaps
 from bagscope.pipeline.heatmap_worker import heatmap_task
 from bagscope.pipeline.review import ReviewRequest, plan_review
 from bagscope.pipeline.review_worker import review_task
+from bagscope.pipeline.view_run import LiveRun
 from bagscope.wsi.identity import slide_identity
 from bagscope.wsi.opening import open_slide
 from bagscope.wsi.tile_file import write_tile_file
@@ -73,3 +75,13 @@ def test_a_review_shows_no_picture_of_it(run: Path) -> None:
     assert data["picture"] is None
     assert not list(task.target.rglob("*.jpg"))
     assert len(data["layers"]) == 1
+
+
+def test_the_viewer_does_not_open_it(run: Path) -> None:
+    place = LiveRun(run).slide_at("a")
+    assert place is not None
+    assert reader.opened(place).info.width_l0 == 512
+    put_another_in_its_place(run)
+    reader._open.pop(place).close()
+    with pytest.raises(SlideError, match=r"a\.svs: is not the file that was tiled"):
+        reader.opened(place)

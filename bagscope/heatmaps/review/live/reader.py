@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bagscope.artifacts import fingerprint
 from bagscope.cohort.executors import worker
 from bagscope.cohort.jobs import Job, StageResult
 from bagscope.errors import ReadError, SlideError
@@ -23,6 +24,7 @@ from bagscope.heatmaps.review.pyramid import (
     thumbnail_jpeg,
 )
 from bagscope.wsi.geometry import plan_read
+from bagscope.wsi.identity import slide_identity
 from bagscope.wsi.overlay import encode_jpeg
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class SlideAt:
         scene: image of a file that holds several.
         backend: that its tiles were read with, None where that is not known.
         size_l0: width and height of the slide that its tiles were cut from.
+        identity: fingerprint of that slide's file, None where that is not known.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class SlideAt:
     scene: int | None = None
     backend: str | None = None
     size_l0: tuple[int, int] | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +141,11 @@ def opened(place: SlideAt) -> Slide:
     """
     slide = _open.pop(place, None)
     if slide is None:
+        if place.identity not in (None, fingerprint(slide_identity(place.path))):
+            raise SlideError(
+                f"{place.path.name}: is not the file that was tiled (its size or content changed); "
+                "correct its path in the cohort"
+            )
         tile = {"backend": place.backend}
         slide, _ = open_as_tiled(place.path, tile, mpp=place.mpp, scene=place.scene)
         found = slide.info.width_l0, slide.info.height_l0
