@@ -76,7 +76,7 @@ def _of(entry: Mapping[str, Json]) -> Judgement:
         )
     told = "no random order does as well" if _is_best(entry) else f"p = {entry['chance']:.2g}"
     text = (
-        f"Faithfulness {score:.2f} (0: chance, 1: the most there can be; {told}), "
+        f"Faithfulness {score:z.2f} (0: chance, 1: the most there can be; {told}), "
         f"of the {entry['answer']}."
     )
     return Judgement(score=score, warning=entry["warning"], text=text, entry=entry)

@@ -204,8 +204,8 @@ def _faithful_sentence(judged: Faithfulness) -> str:
     if math.isnan(judged.score):
         return judged.warning
     told = (
-        f"Faithfulness {judged.score:.2f} ({judged.low:.2f} to {judged.high:.2f}; 0 is chance, 1 "
-        "the most there can be)."
+        f"Faithfulness {judged.score:z.2f} ({judged.low:z.2f} to {judged.high:z.2f}; 0 is chance, "
+        "1 the most there can be)."
     )
     return f"{told} {judged.warning}".strip()
 

@@ -47,7 +47,7 @@ from bagscope.wsi.overlay import encode_jpeg
 from bagscope.wsi.roi import require_inside
 from bagscope.wsi.slide import Slide
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised by hand, with a changelog line, when the same slide would look different."""
 _TILE_QUALITY = 90
 
@@ -59,6 +59,8 @@ class Scored:
     Attributes:
         file: of the scores; None where it can't be read.
         places: of the tiles; None where there are none to show.
+        faithfulness: of the layer that is shown first.
+        judged: faithfulness of each layer, by its id.
         notes: sentences about what is missing.
         reasons: why, where the notes may not say.
     """
@@ -68,6 +70,7 @@ class Scored:
     layers: tuple[Layer, ...] = ()
     gallery: tuple[GalleryTile, ...] = ()
     faithfulness: Json = None
+    judged: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
 
@@ -160,13 +163,18 @@ def scored_slide(task: ReviewTask) -> Scored:
         notes, reasons = _told("Its scores can't be shown", error, task)
         return Scored(file=file, places=places, notes=notes, reasons=reasons)
     first = next((one for one in layers if one.kind.id == task.slide.first_layer), layers[0])
-    judged = judgement_of(file, first.kind.scale, first.class_name)
+    judged = {
+        layer.kind.id: faithfulness_data(judgement_of(file, layer.kind.scale, layer.class_name))
+        for layer in layers
+        if layer.kind.shows == "score"
+    }
     return Scored(
         file=file,
         places=places,
         layers=layers,
         gallery=pick_gallery(layers, places),
-        faithfulness=faithfulness_data(judged),
+        faithfulness=judged.get(first.kind.id),
+        judged=judged,
         notes=places.notes,
     )
 
@@ -202,6 +210,7 @@ def slide_bytes(
             gallery=scored.gallery,
             cut=frozenset(rows) if picture is not None else frozenset(),
             faithfulness=scored.faithfulness,
+            judged=scored.judged,
             annotations=regions,
             notes=notes,
         ),

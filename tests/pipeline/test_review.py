@@ -57,6 +57,35 @@ def test_a_part_holds_places_numbers_and_pictures(tmp_path: Path) -> None:
         assert (task.target.parents[1] / tile["image"]).is_file()
 
 
+def test_each_layer_says_of_itself_whether_it_can_be_believed(tmp_path: Path) -> None:
+    run = reviewed_run(tmp_path, ("a",))
+    entry = {"score": 0.5, "chance": 0.05, "answer": "probability of tumor", "curves": None}
+    judged = [
+        {**entry, "basis": "scores", "column": "", "warning": "Attention does not drive it."},
+        {**entry, "basis": "contributions", "column": "normal", "warning": ""},
+        {**entry, "basis": "contributions", "column": "tumor", "warning": "These do not either."},
+    ]
+    write_scores(
+        run,
+        "a",
+        np.full((12, 1), -np.log(12)),
+        contributions=np.zeros((12, 2), np.float32),
+        contribution_bias=np.zeros(2),
+        contribution_names=("normal", "tumor"),
+        faithfulness={"agreement": None, "forward_passes": None, "judged": judged, "unjudged": ""},
+    )
+    _, task = planned_one(run)
+    assert review_task(task).outcome == "done"
+    data = told(task.target / "slide.js", "slide")
+    warnings = {layer["id"]: layer["faithfulness"]["warning"] for layer in data["layers"]}
+    assert warnings == {
+        "ratio": "Attention does not drive it.",
+        "contribution-normal": "",
+        "contribution-tumor": "These do not either.",
+    }
+    assert data["faithfulness"]["warning"] == warnings["ratio"]
+
+
 def test_label_and_macro_are_in_no_picture(tmp_path: Path) -> None:
     run = reviewed_run(tmp_path, ("a",))
     build_svs(

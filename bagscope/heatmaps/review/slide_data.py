@@ -78,6 +78,7 @@ def slide_data(
     gallery: Sequence[GalleryTile] = (),
     cut: frozenset[int] = frozenset(),
     faithfulness: Json = None,
+    judged: Mapping[str, Json] | None = None,
     annotations: Sequence[Region] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Json]:
@@ -92,6 +93,7 @@ def slide_data(
         gallery: tiles to show beside it.
         cut: rows of the tiles that have a picture of their own.
         faithfulness: of the case, JSON.
+        judged: faithfulness of each layer that has one of its own, by the layer's id.
         annotations: in level-0 pixels.
         notes: sentences that a reader must know.
     """
@@ -108,7 +110,10 @@ def slide_data(
             "size_l0": None if places is None else places.extent_l0,
             "coords": "" if places is None else base64_of(places.coords_l0, "<i4"),
         },
-        "layers": [layer_data(layer) for layer in layers],
+        "layers": [
+            {**layer_data(layer), "faithfulness": (judged or {}).get(layer.kind.id)}
+            for layer in layers
+        ],
         "initial_layer": first_layer or layers[0].kind.id if layers else None,
         "gallery": [
             {

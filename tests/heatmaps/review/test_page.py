@@ -44,7 +44,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     faith = {"score": 0.02, "warning": sentence, "text": HOSTILE, "curves": curves}
     ring = [[0, 0], [3_000, 0], [3_000, 3_000], [0, 3_000]]
     warned = made.slide_data(
-        WARNED, coords, [{**layer, "title": HOSTILE, "meaning": HOSTILE, "unit_text": HOSTILE}],
+        WARNED, coords,
+        [{**layer, "title": HOSTILE, "meaning": HOSTILE, "unit_text": HOSTILE},
+         {**layer, "id": "own", "faithfulness": {**faith, "warning": "", "text": "It drives it."}}],
         mpp=None, faithfulness=faith, notes=[HOSTILE], frame_note=HOSTILE,
         annotations=[{"class": HOSTILE, "polygons": [[ring]]}],
     )  # fmt: skip
@@ -341,6 +343,12 @@ def test_warning_is_plain_to_see_and_hostile_text_is_only_text(browser: Any, bun
         assert page.locator("#faithfulness svg").count() == 2
         assert page.evaluate("window.hacked") is None
         assert page.locator("img[src='x']").count() == 0
+        # What is said is said of the layer that is shown.
+        page.keyboard.press("2")
+        assert not warning.is_visible()
+        assert "It drives it." in page.locator("#faithfulness").inner_text()
+        page.keyboard.press("1")
+        assert warning.is_visible()
         page.keyboard.press("u")
         open_at(page, bundle, f"#slide/{quote(ALONE)}")
         assert not warning.is_visible()

@@ -6,6 +6,7 @@
 
   let summary = null;
   let intervalText = "";
+  let usualFaithfulness = null;
 
   function startPanel(cohort) {
     byId("verdict-choices").replaceChildren(...bagscope.VERDICTS.map((verdict) =>
@@ -46,7 +47,8 @@
     intervalText = cohort.interval_text || "the range of the models' answers";
     byId("prediction").replaceChildren(...cohort.targets.map((target) => prediction(slide, target, cohort.targets.length > 1)));
     showLayers(data.layers);
-    showFaithfulness(data.faithfulness);
+    usualFaithfulness = data.faithfulness;
+    showFaithfulness(usualFaithfulness);
     const { verdict, comment } = bagscope.verdictOf(slide);
     for (const input of byId("verdict-choices").querySelectorAll("input")) input.checked = input.value === verdict;
     byId("comment").value = comment;
@@ -114,6 +116,7 @@
   function showChosenLayer(layer) {
     for (const input of byId("layers").querySelectorAll("input")) input.checked = input.value === layer?.id;
     bagscope.showGallery(layer);
+    showFaithfulness(layer?.faithfulness ?? usualFaithfulness);
   }
 
   function showFaithfulness(faith) {
