@@ -52,6 +52,7 @@ def test_api_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(compile(code, "docs/api.md", "exec"), {"__name__": "example"})
 
 
+@pytest.mark.slow
 def test_arrays_become_heatmaps_without_the_command_line(tmp_path: Path) -> None:
     script = ROOT / "examples" / "arrays_to_heatmap.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) < 80

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from bagscope.mil.score_file import read_score_file, write_score_file
 from tests.cli.conftest import Ran, files_of, leftovers
@@ -16,6 +17,7 @@ from tests.pipeline.explainable import explainable_run
 Command = Callable[..., Ran]
 
 
+@pytest.mark.slow
 def test_one_bad_case_stops_no_other_and_running_again_changes_nothing(
     bagscope: Command, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Ran, leftovers
+from tests.cli.conftest import Ran
 
 Command = Callable[..., Ran]
 
@@ -82,17 +82,6 @@ def test_doctor_speaks_json_and_stays_offline(bagscope: Command) -> None:
     assert checks["compute"]["kernels, cpu"] == "cpu"
     text = bagscope("doctor")
     assert "OpenSlide" in text.out
-
-
-def test_the_demo_tiles_synthetic_slides(bagscope: Command, tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
-    ran = bagscope("demo", folder, "--until", "tile", "--slides", 2, "--size-px", 2048)
-    assert ran.code == 0, ran.out
-    sheet = folder / "study/tilings/0.50mpp_256px/contact_sheet.html"
-    assert str(sheet) in ran.out
-    assert sheet.stat().st_size > 10_000
-    assert leftovers(folder) == []
-    assert bagscope("demo", folder, "--until", "heat").code == 2
 
 
 def test_the_module_runs_and_names_its_version() -> None:

@@ -309,10 +309,10 @@ def run_restricted(script: str) -> subprocess.CompletedProcess[str]:
 def test_a_file_size_limit_fails_each_slide_and_leaves_nothing(
     slides: Path, tmp_path: Path
 ) -> None:
-    """A process that may not write more than 4 KiB per file stands in for a full disk."""
+    """A process that may not write more than 12 KiB per file stands in for a full disk."""
     study = tmp_path / "study"
     script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12288, 12288));"
         f"sys.argv = ['bagscope', 'tile', {str(study)!r}, '--slides', {str(slides)!r}];"
         "from bagscope.cli.app import main; main()"
     )

@@ -233,6 +233,7 @@ def test_float32_is_stored_on_request(study: SmallStudy, tmp_path: Path) -> None
     assert np.any(found != found.astype(np.float16))
 
 
+@pytest.mark.slow
 def test_many_small_slides_hold_few_files_open(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", {f"s{index:03d}": 1 for index in range(72)})
     out = tmp_path / "out"

@@ -143,6 +143,7 @@ def test_opening_a_store_opens_no_file_and_few_stay_open(
     assert (tmp_path / "d.h5").exists()
 
 
+@pytest.mark.slow
 def test_more_bags_than_files_may_be_open_can_be_walked(tmp_path: Path) -> None:
     store_slide(tmp_path, "s0", 2)
     one = FeatureStore.open(tmp_path)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.kernels.packed import ROOT
 
 OPERATIONS = (
@@ -14,6 +16,7 @@ OPERATIONS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_operation_is_checked_and_timed() -> None:
     script = ROOT / "benchmarks/bench_gpu.py"
     command = [sys.executable, script, "--device", "cpu", "--sizes", "small"]

@@ -158,6 +158,7 @@ def test_compiles_with_inductor(name: str) -> None:
         assert_close_to_float64(grad, expected_grads[key], what=key)
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     run_interpreted("test_every_op.py")
 

@@ -268,6 +268,7 @@ def test_members_are_dealt_to_the_gpus_with_a_worker_for_each(
     assert worker_count(by_itself, "cuda") == 1
 
 
+@pytest.mark.slow
 def test_a_final_model_repeats_what_plateau_left_the_members(folder: Path) -> None:
     settings = {
         **SMALL,

@@ -66,7 +66,9 @@ def tissue_scores(
 
 
 @pytest.mark.parametrize("paleness", [1.0, 0.4, 0.15])
-@pytest.mark.parametrize("source", ["real_field", "drawn_field"])
+@pytest.mark.parametrize(
+    "source", [pytest.param("real_field", marks=pytest.mark.slow), "drawn_field"]
+)
 def test_focus_and_blur_are_told_apart_in_dark_and_pale_tissue(
     source: str, paleness: float, request: pytest.FixtureRequest
 ) -> None:

@@ -43,7 +43,12 @@ SPEC = TilingSpec(tile_px=128, min_sharpness=0.0)
 
 @pytest.mark.parametrize(
     ("mpp_l0", "downsamples"),
-    [(0.5, (1, 4)), (0.25, (1, 4)), (0.23, (1, 3.9998)), (0.23, (1, 2.0003, 3.9998))],
+    [
+        (0.5, (1, 4)),
+        (0.23, (1, 3.9998)),
+        pytest.param(0.25, (1, 4), marks=pytest.mark.slow),
+        pytest.param(0.23, (1, 2.0003, 3.9998), marks=pytest.mark.slow),
+    ],
 )
 def test_any_scan_of_a_field_gives_the_same_physical_tiles(
     scanned: Callable[..., Path], mpp_l0: float, downsamples: tuple[float, ...]

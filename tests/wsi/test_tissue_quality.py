@@ -57,12 +57,14 @@ def judged() -> list[Judged]:
     return [judge(scene, segment_tissue(scene.rgb, mpp=8.0)) for scene in scenes]
 
 
+@pytest.mark.slow
 def test_tissue_is_found_on_every_kind_of_slide(judged: list[Judged]) -> None:
     ious = np.array([each.iou for each in judged])
     assert np.percentile(ious, 5) >= 0.90
     assert np.median(ious) >= 0.95
 
 
+@pytest.mark.slow
 def test_inked_tiles_are_excluded_and_clean_ones_are_kept(judged: list[Judged]) -> None:
     inked = sum(np.count_nonzero(each.inked) for each in judged)
     caught = sum(np.count_nonzero(each.inked & each.excluded) for each in judged)

@@ -204,6 +204,7 @@ def tissue() -> Callable[[int], Tissue]:
     return paint
 
 
+@pytest.mark.slow
 def test_a_linear_probe_finds_tumor_that_has_the_tissues_mean_colour(
     tissue: Callable[[int], Tissue],
 ) -> None:

@@ -49,7 +49,13 @@ def test_with_its_defaults(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [(name, options) for name in KINDS for options in KINDS[name]]
+    ("name", "options"),
+    [
+        # A layer that mixes tiles takes long in float64, and longer to compile.
+        pytest.param(name, options, marks=[pytest.mark.slow] if name == "mambamil" else [])
+        for name in KINDS
+        for options in KINDS[name]
+    ],
 )
 def test_with_other_options(name: str, options: dict[str, Any]) -> None:
     check_aggregator(name, features=12, outputs=2, options={"hidden": 16, **options})

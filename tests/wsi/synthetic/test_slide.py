@@ -139,7 +139,7 @@ def test_fragments_have_natural_outlines(small_truth: SyntheticTruth) -> None:
     assert not tissue[-1].any()
 
 
-@pytest.mark.parametrize("site", [0, 1])
+@pytest.mark.parametrize("site", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_tumour_is_told_by_its_nuclei_and_not_by_its_tint(tmp_path: Path, site: int) -> None:
     spec = SyntheticSpec(
         width_px=6000, height_px=6000, seed=11 + site, site=site, tumor_fraction=0.3
