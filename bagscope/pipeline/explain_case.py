@@ -109,6 +109,7 @@ def explain_case(
     name = subject.pool.question.columns[column]
     tiles = _tiles(task, files, name)
     scores = np.concatenate([tiles[slide_id].values for slide_id in task.slide_ids])
+    _require_as_many(task.case_id, len(scores), len(subject.rows))
     drawn = {
         slide_id: _annotated(task, path, tiles[slide_id], slide_id)
         for slide_id, path in task.annotations.items()
@@ -227,17 +228,20 @@ def _marked(task: ExplainTask, drawn: Mapping[str, Annotated]) -> Rows | None:
     return np.flatnonzero(np.concatenate(inside))
 
 
+def _require_as_many(name: str, scores: int, tiles: int) -> None:
+    if scores != tiles:
+        raise FingerprintMismatch(
+            f"{name}: has {scores} scores and features of {tiles} tiles; score it anew"
+        )
+
+
 def _donated(task: ExplainTask, donor: Donor, subject: Subject, answer: str) -> Rows:
     """Return the donor's rows in the pool, hottest first by its own heatmap."""
     file = read_score_file(task.scores / f"{donor.slide_id}.h5")
     column = _shown_column(file.score_names, answer)
     values = on_scale(file.scores, file.score_kind, "percentile", column, task=task.task)
     rows = subject.rows_of(1)
-    if len(values) != len(rows):
-        raise FingerprintMismatch(
-            f"{donor.slide_id}: has {len(values)} scores and features of {len(rows)} tiles; score "
-            "it anew"
-        )
+    _require_as_many(donor.slide_id, len(values), len(rows))
     order = order_of(values)
     if donor.region is not None:
         own = _tiles_of(file, values)

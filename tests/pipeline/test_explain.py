@@ -445,6 +445,10 @@ def test_scores_that_are_no_numbers_or_of_another_model_are_refused(run: Path) -
     write_score_file(path, dataclasses.replace(file, scores=np.full_like(file.scores, np.nan)))
     with pytest.raises(ArtifactError, match="14 of 14 tiles have scores that are no finite"):
         explain_task(task)
+    few = {"scores": file.scores[:1], "coords_l0": None, "grid": None, "member_scores": None}
+    write_score_file(path, dataclasses.replace(file, **few, contributions=None))
+    with pytest.raises(FingerprintMismatch, match="d: has 1 scores and features of 14 tiles"):
+        explain_task(task)
     fields = {**file.fields, "members": {"f1s0": "00", "f1s1": "11"}}
     write_score_file(path, dataclasses.replace(file, fields=fields))
     with pytest.raises(FingerprintMismatch, match="d: was scored by other members"):
