@@ -62,6 +62,9 @@ bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
 	$(BIN)/python benchmarks/bench_scan.py
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_planted.py
+	$(BIN)/python benchmarks/bench_heatmaps.py
+	$(BIN)/python benchmarks/bench_scoring.py
+	$(BIN)/python benchmarks/demo_quality.py
 	test -z "$(MIL_DATA)" || $(BIN)/python benchmarks/classic_mil.py "$(MIL_DATA)"
 
 bench-gpu: $(READY) ## the kernels' tests and benchmarks on a CUDA device, a few minutes
