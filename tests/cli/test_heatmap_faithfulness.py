@@ -43,7 +43,7 @@ SLIDES = {"a": 1, "b": 3}
 def unrelated() -> Aggregator:
     """Return an oracle whose attention looks along a direction that says nothing."""
     sure = oracle(PLANTED).state_dict()
-    other = np.random.default_rng(9).normal(size=len(PLANTED.direction))
+    other = np.random.default_rng(11).normal(size=len(PLANTED.direction))
     other -= (other @ PLANTED.direction) * PLANTED.direction
     other /= np.linalg.norm(other)
     model = build_aggregator("abmil", len(other), 2, {"hidden": 2, "attention": 1})

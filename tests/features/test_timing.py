@@ -84,6 +84,7 @@ def test_a_throttled_reader_is_named(study: SmallStudy, tmp_path: Path) -> None:
     assert ran.timing.reading_s > 1.5
 
 
+@pytest.mark.slow
 def test_a_costly_codec_is_named(study: SmallStudy, tmp_path: Path) -> None:
     ran = run_engine(study, session_of(Tiny()), tmp_path, work=read_crunching)
     timing = ran.timing
@@ -91,6 +92,7 @@ def test_a_costly_codec_is_named(study: SmallStudy, tmp_path: Path) -> None:
     assert timing.decoding_s > 1.5
 
 
+@pytest.mark.slow
 def test_standing_in_line_for_a_core_is_no_waiting_for_bytes(
     study: SmallStudy, tmp_path: Path
 ) -> None:

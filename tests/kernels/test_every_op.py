@@ -112,16 +112,8 @@ def test_heads_of_any_width(name: str, width: int, monkeypatch: pytest.MonkeyPat
         assert_close_to_float64(grad, true_grads[key], atol=1e-6, what=key)
 
 
-@pytest.mark.parametrize(
-    "name",
-    # The two that are made of others take long to compile.
-    [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in ("agent_attention", "flow_attention")
-        else name
-        for name in OPS
-    ],
-)
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.slow
 def test_one_compilation_serves_every_number_of_tiles(name: str) -> None:
     torch._dynamo.reset()
     op, counter = OPS[name], CompileCounterWithBackend("aot_eager")

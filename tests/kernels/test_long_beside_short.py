@@ -159,6 +159,7 @@ def test_outputs_and_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("r", [None, 2])
+@pytest.mark.slow
 def test_attention_of_some_tiles(r: int | None) -> None:
     inputs: dict[str, Any] = OPS["neighbourhood_attention"].inputs(LENGTHS, heads=1, width=8)
     grid, cu = inputs.pop("grid"), inputs.pop("cu_seqlens")

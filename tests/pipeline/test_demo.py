@@ -152,6 +152,7 @@ def test_a_colour_that_gives_the_label_away_is_seen(planted: tuple[Path, Path]) 
     assert (found.warned_tumor, found.warned_normal) == (0, 0)  # nothing was judged
 
 
+@pytest.mark.slow
 def test_the_command_says_what_each_stage_is_for_and_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     command = ["demo", str(folder), "--slides", "12", "--size-px", "512", "--workers", "2"]

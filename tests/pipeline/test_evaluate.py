@@ -286,6 +286,7 @@ def test_site_that_tells_the_label_is_named(tmp_path: Path) -> None:
     assert any("Site alone comes to 1.00" in line for line in lines(found)[:3])
 
 
+@pytest.mark.slow
 def test_baselines_are_fitted_once_and_again_when_the_table_was_touched(
     evaluated: EvaluateResult,
     good: Path,

@@ -149,4 +149,4 @@ def test_regions_all_outside_are_refused_with_both_extents():
     message = str(refusal.value)
     assert "regions x 0 to 6000, y 0 to 4500" in message
     assert "slide x 100 to 1100, y 200 to 1000" in message
-    assert "--frame qupath or openslide" in message
+    assert "in the frame it is read in (qupath or openslide)" in message
