@@ -21,16 +21,8 @@ _SHARES = ",".join(f"{share:g}" for share in SHARES)
 
 
 def explain(
-    place: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN|PREDICTIONS", help="a run, or a folder of predictions", show_default=False
-        ),
-    ],
-    slide: Annotated[
-        list[str] | None,
-        typer.Option("--slide", help="only this one; may be repeated", show_default=False),
-    ] = None,
+    place: options.Scored,
+    slide: options.OnlySlides = None,
     target: Annotated[
         str | None,
         typer.Option("--target", help="the model's first one if not set", show_default=False),

@@ -32,16 +32,8 @@ _MOST_NAMED = 20
 
 
 def heatmap(
-    place: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN|PREDICTIONS", help="a run, or a folder of predictions", show_default=False
-        ),
-    ],
-    slide: Annotated[
-        list[str] | None,
-        typer.Option("--slide", help="only this one; may be repeated", show_default=False),
-    ] = None,
+    place: options.Scored,
+    slide: options.OnlySlides = None,
     scale: Annotated[
         ScaleName | None,
         typer.Option("--scale", help="of the scores; the usual one if not set", show_default=False),

@@ -23,6 +23,16 @@ def of(kind: type[Spec], field: str, *names: str) -> Any:
 
 
 Study = Annotated[Path, typer.Argument(help="the study folder", show_default=False)]
+Scored = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|PREDICTIONS", help="a run, or a folder of predictions", show_default=False
+    ),
+]
+OnlySlides = Annotated[
+    list[str] | None,
+    typer.Option("--slide", help="only this one; may be repeated", show_default=False),
+]
 Slides = Annotated[
     str | None,
     typer.Option(

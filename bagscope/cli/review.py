@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 
 def review(
-    place: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN|PREDICTIONS", help="a run, or a folder of predictions", show_default=False
-        ),
-    ],
+    place: options.Scored,
     max_px: Annotated[
         int, typer.Option("--max-px", help="longer edge of a slide's picture, at most")
     ] = MAX_PX,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from bagscope import artifacts
 from bagscope.cohort.jobs import Job, RunOptions, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
+from bagscope.errors import ConfigError
 from bagscope.mil.cases import slides_of
 from bagscope.pipeline.study import Study, available_cores
 
@@ -86,6 +88,31 @@ def member_folders(folders: Mapping[str, Path]) -> dict[str, MemberFolder]:
         )
         for name, folder in folders.items()
     }
+
+
+def scoring_bundle(place: Path, study: Study | None, model: Path | None = None) -> Path:
+    """Return the bundle whose members made the scores of a run or a prediction.
+
+    Args:
+        place: the run or the prediction.
+        study: that it lies in; None where it lies in none.
+        model: the bundle, or a run that has one; found beside the scores if None.
+
+    Raises:
+        ConfigError: no bundle there.
+    """
+    from bagscope.mil.bundle import find_bundle
+
+    if model is not None:
+        return find_bundle(model)
+    runs = () if study is None else (study.folder / "runs" / place.resolve().parent.name,)
+    for candidate in (place, *runs):
+        with contextlib.suppress(ConfigError):
+            return find_bundle(candidate)
+    raise ConfigError(
+        f"{place}: has no model beside it, nor has its study a run of that name; name the model "
+        "with --model"
+    )
 
 
 def bundle_run(planned: PlannedRun, final: Path | None) -> Path:

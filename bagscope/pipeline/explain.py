@@ -6,7 +6,6 @@ prediction it is the bundle's members that answered.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import math
@@ -256,9 +255,9 @@ def _members(
         FingerprintMismatch: it did not make a single one of the scores.
     """
     from bagscope.mil.bundle import DESCRIPTION_NAME, FINAL_NAME
-    from bagscope.pipeline.bundle import member_folders
+    from bagscope.pipeline.bundle import member_folders, scoring_bundle
 
-    path = _bundle(request, study)
+    path = scoring_bundle(request.place, study, request.model)
     description = artifacts.read_json(path / DESCRIPTION_NAME)
     folders = {one["name"]: path / "members" / one["name"] for one in description["members"]}
     if description["has_final"]:
@@ -272,22 +271,6 @@ def _members(
             "score them anew, or name their model with --model"
         )
     return description, members
-
-
-def _bundle(request: ExplainRequest, study: Study | None) -> Path:
-    from bagscope.mil.bundle import find_bundle
-
-    if request.model is not None:
-        return find_bundle(request.model)
-    place = request.place.resolve()
-    candidates = [place] if study is None else [place, study.folder / "runs" / place.parent.name]
-    for candidate in candidates:
-        with contextlib.suppress(ConfigError):
-            return find_bundle(candidate)
-    raise ConfigError(
-        f"{request.place}: has no model beside it, nor has its study a run of that name; name the "
-        "model with --model"
-    )
 
 
 def _target(

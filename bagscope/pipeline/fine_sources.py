@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bagscope import artifacts
 from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch, SlideError
+from bagscope.pipeline.bundle import scoring_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ def members_of(
     from bagscope.mil.bundle import FINAL_NAME
     from bagscope.mil.member import FACTS_NAME, load_member
 
-    bundle = _bundle(place, study, model)
+    bundle = scoring_bundle(place, study, model)
     found = []
     for name, sha256 in file.fields["members"].items():
         folder = bundle / name if name == FINAL_NAME else bundle / "members" / name
@@ -50,20 +51,6 @@ def members_of(
             )
         found.append(load_member(folder))
     return tuple(found)
-
-
-def _bundle(place: Path, study: Study, model: Path | None) -> Path:
-    from bagscope.mil.bundle import find_bundle
-
-    if model is not None:
-        return find_bundle(model)
-    for candidate in (place, study.folder / "runs" / place.resolve().parent.name):
-        with contextlib.suppress(ConfigError):
-            return find_bundle(candidate)
-    raise ConfigError(
-        f"{place}: has no model beside it, nor has its study a run of that name; name the model "
-        "with --model"
-    )
 
 
 def features_of(study: Study, file: ScoreFile) -> FeatureStore:
