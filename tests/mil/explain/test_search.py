@@ -15,7 +15,7 @@ from bagscope.mil.explain.effects import Subject
 from bagscope.mil.explain.pools import PackedPool, Pool, pool_of
 from bagscope.mil.explain.question import class_question
 from bagscope.mil.explain.search import Optimiser, greedy_search, search_table
-from bagscope.mil.weights_mapping import from_original
+from bagscope.mil.originals import from_original
 from tests.kernels.packed import vectors
 from tests.mil.explain.made_models import CLOSED, GENERIC, QUESTION, asked, bags, model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
 from bagscope.mil.bags import BagOutput, Bags
-from bagscope.mil.weights_mapping import ORIGINALS, from_original
+from bagscope.mil.originals import ORIGINALS, from_original
 from tests.kernels.packed import assert_close_to_float64, vectors
 
 RELATIVE = 1e-5

@@ -14,7 +14,7 @@ from bagscope.mil.aggregators import acmil
 from bagscope.mil.aggregators.instance_loss import chosen_tiles, smooth_svm
 from bagscope.mil.aggregators.registry import build_aggregator
 from bagscope.mil.bags import BagOutput
-from bagscope.mil.weights_mapping import from_original
+from bagscope.mil.originals import from_original
 from tests.kernels.packed import assert_close_to_float64, vectors
 from tests.mil.parity.recorded import RELATIVE, Recorded
 
