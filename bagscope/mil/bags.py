@@ -37,6 +37,7 @@ class Bags:
         targets: (B, w) float64 by name (see `bagscope.mil.targets`), NaN where missing.
         seed: of the run; with `step` and a bag's name it keys every draw made for that bag.
         step: of the training.
+        progress: share of the training that is done, from 0 to 1, for what changes on the way.
         bag_keys: (B,) int64, the bags' names as numbers for keyed draws.
     """
 
@@ -53,6 +54,7 @@ class Bags:
     targets: Mapping[str, Tensor] | None = None
     seed: int = 0
     step: int = 0
+    progress: float = 0.0
     bag_keys: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +125,19 @@ class Bags:
             if self.targets is None
             else {name: values[bag : bag + 1] for name, values in self.targets.items()},
         )
+
+    def picked(self, rows: Tensor, cu_seqlens: Tensor) -> Bags:
+        """Return the same bags with only some of their tiles, or with some of them again.
+
+        Args:
+            rows: (t,) int64, the tiles, each bag's together and bags in order.
+            cu_seqlens: (B + 1,) int32, borders of the bags among them.
+        """
+        per_tile: dict[str, Any] = {
+            name: None if (value := getattr(self, name)) is None else value[rows]
+            for name in ("coords_l0", "grid", "tile_slide", "tile_row")
+        }
+        return replace(self, features=self.features[rows], cu_seqlens=cu_seqlens, **per_tile)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Bags:
         """Return the batch on a device, its features in a dtype."""

@@ -142,6 +142,7 @@ def load_batch(
     *,
     step: int = 0,
     turns: tuple[int, ...] | None = None,
+    progress: float = 0.0,
 ) -> Bags:
     """Read the cases of a batch and lay them end to end.
 
@@ -151,6 +152,7 @@ def load_batch(
         how: they are read.
         step: number in the training, that draws are keyed by.
         turns: how often each came in the step before; never if None.
+        progress: share of the training that is done.
     """
     keys = [
         (how.seed, step, source.cases[place].case_id, turn)
@@ -192,6 +194,7 @@ def load_batch(
         or None,
         seed=how.seed,
         step=step,
+        progress=progress,
     )
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from bagscope import artifacts
 from bagscope.artifacts import Json
 from bagscope.errors import SchemaError, first_line
-from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
+from bagscope.mil.aggregators.registry import Aggregator
 from bagscope.mil.inference import Inferred, infer
 from bagscope.mil.objectives.fitted import FittedObjective
 from bagscope.mil.ood import OodReference
 from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.regimes.registry import build_model
 from bagscope.mil.sources import BagSource
 from bagscope.mil.statistics import FeatureStatistics, Scale, scale_of
 from bagscope.mil.targets import TargetSpec
@@ -97,10 +98,7 @@ class Member:
 
     def model(self, device: torch.device | str = "cpu") -> Aggregator:
         """Return the model, ready to predict."""
-        aggregator = self.recipe.aggregator
-        model = build_aggregator(
-            aggregator.name, self.features, self.objective.outputs, aggregator.options
-        )
+        model = build_model(self.recipe, self.features, self.objective.outputs)
         model.load_state_dict(dict(self.weights))
         return model.to(device).eval()
 

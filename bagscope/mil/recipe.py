@@ -1,4 +1,4 @@
-"""A recipe: aggregator × presentation × objective × training, as one frozen block of options.
+"""A recipe: aggregator × regime × objective, and how it is trained, as one frozen block of options.
 
 The published methods are points in this space. `configs/` holds them, one YAML file each.
 """
@@ -16,12 +16,21 @@ from bagscope.specs import Spec
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Sampling = Literal["uniform", "spatial"]
+FULL = "full"
+"""The plain regime: a step learns from the bags as they are presented."""
 
 
 class AggregatorSpec(Spec):
     """Which aggregator, and its own options."""
 
     name: str = Field(default="abmil", description="of a registered aggregator")
+    options: Mapping[str, Any] = Field(default={}, description="its own options")
+
+
+class RegimeSpec(Spec):
+    """What is done around the aggregator while it learns, and its own options."""
+
+    name: str = Field(default=FULL, description="of a regime; full shows whole bags")
     options: Mapping[str, Any] = Field(default={}, description="its own options")
 
 
@@ -130,6 +139,7 @@ class TrainSpec(Spec):
     """A recipe."""
 
     aggregator: AggregatorSpec = AggregatorSpec()
+    regime: RegimeSpec = RegimeSpec()
     bags: BagSpec = BagSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     optimiser: OptimiserSpec = OptimiserSpec()

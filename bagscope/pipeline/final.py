@@ -84,7 +84,7 @@ def final_task(planned: PlannedRun, cases: Sequence[Case]) -> MemberTask:
 
 def _plateau(members: Sequence[Path], spec: OptimiserSpec) -> tuple[float, ...]:
     """Return the median of what plateau left of the members' learning rate in each epoch."""
-    from bagscope.mil.training.trainer import METRICS_NAME
+    from bagscope.mil.training.state import METRICS_NAME
 
     if spec.schedule != "plateau":
         return ()

@@ -10,10 +10,10 @@ import torch
 
 from bagscope.errors import ArtifactError, CohortError, ConfigError, SchemaError
 from bagscope.features.store import FeatureStore
-from bagscope.mil.aggregators.registry import build_aggregator
 from bagscope.mil.cases import CaseTable, Per, cases_of, listed
 from bagscope.mil.objectives.objective import build_objective
 from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.regimes.registry import build_model, refuse_impossible
 from bagscope.mil.splits.checking import examine_splits
 from bagscope.mil.splits.files import read_splits, was_edited, write_splits
 from bagscope.mil.splits.making import make_splits
@@ -97,9 +97,9 @@ def require_learnable(
     """
     objective = build_objective(table.targets, recipe.objective)
     objective.require_step_of(recipe.bags.bags_per_step)
-    aggregator = recipe.aggregator
+    refuse_impossible(recipe, table.targets)
     with torch.random.fork_rng(devices=[]):
-        build_aggregator(aggregator.name, dimension, objective.outputs, aggregator.options)
+        build_model(recipe, dimension, objective.outputs)
     for split in plan.splits:
         cases = table.chosen(split.train)
         labels = {

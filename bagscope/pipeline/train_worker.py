@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,8 @@ from bagscope.mil.sources import CaseBag, Rows, StoreSource
 from bagscope.mil.training.finishing import finish
 from bagscope.mil.training.history import Epoch
 from bagscope.mil.training.monitoring import METRICS
-from bagscope.mil.training.trainer import STATE_NAME, Trained, Trainer
+from bagscope.mil.training.state import PREPARATION_NAME, STATE_NAME
+from bagscope.mil.training.trainer import Trained, Trainer
 from bagscope.pipeline.train import NUMERICS, PREDICTIONS_NAME
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
             remedy="choose another --name, or train anew with --overwrite",
         )
         load_member(task.folder)  # refuses what is damaged
-        (task.folder / STATE_NAME).unlink(missing_ok=True)  # killed just before it could
+        _forget_state(task.folder)  # killed just before it could
         return StageResult(
             outcome="skipped", fingerprint=fingerprint, content_hash=made["weights_sha256"]
         )
@@ -89,6 +91,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
         stop_after=task.stop_after,
         plateau=task.plateau,
         on_epoch=tell,
+        on_preparing=lambda epoch: _tell(task, epoch, began_s, [], before="before it: "),
     )
     trained = trainer.run()
     if task.out_of_fold:
@@ -97,7 +100,7 @@ def train_task(name: str, task: MemberTask) -> StageResult:
     usual = reference_of(train, trained.statistics)
     digest = save_member(dataclasses.replace(member, ood=usual), task.folder)
     artifacts.step("member-written")
-    (task.folder / STATE_NAME).unlink(missing_ok=True)
+    _forget_state(task.folder)
     last = trained.history[trained.epoch - 1]
     return StageResult(
         outcome="done",
@@ -263,26 +266,34 @@ def _say(message: bytes) -> None:
 def _forget(folder: Path, fingerprint: str) -> None:
     """Remove a member that is to be trained anew, and the state of another training."""
     facts = read_facts(folder)
-    state = folder / STATE_NAME
-    if facts is None and state.exists() and _state_of(state) == fingerprint:
+    states = (folder / STATE_NAME, folder / PREPARATION_NAME / STATE_NAME)
+    if facts is None and any(_state_of(state) == fingerprint for state in states):
         return  # this very training, killed before
-    for name in (FACTS_NAME, WEIGHTS_NAME, STATE_NAME, PREDICTIONS_NAME, TESTED_NAME):
+    for name in (FACTS_NAME, WEIGHTS_NAME, PREDICTIONS_NAME, TESTED_NAME):
         (folder / name).unlink(missing_ok=True)
+    _forget_state(folder)
+
+
+def _forget_state(folder: Path) -> None:
+    (folder / STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder / PREPARATION_NAME, ignore_errors=True)
 
 
 def _state_of(path: Path) -> str:
     try:
         return str(torch.load(path, map_location="cpu", weights_only=True)["fingerprint"])
-    except Exception:  # damaged: it is about to be removed
+    except Exception:  # missing, or damaged and about to be removed
         return ""
 
 
-def _tell(task: MemberTask, epoch: Epoch, began_s: float, new: Sequence[Epoch]) -> None:
+def _tell(
+    task: MemberTask, epoch: Epoch, began_s: float, new: Sequence[Epoch], before: str = ""
+) -> None:
     seconds = time.monotonic() - began_s
     most = task.stop_after or task.recipe.training.epochs
     rate = epoch.tiles / epoch.seconds if epoch.seconds else 0.0
     metric = METRICS[task.targets[0].task]
-    parts = [f"epoch {epoch.number}/{most}", f"loss {epoch.losses['total']:.4f}"]
+    parts = [f"{before}epoch {epoch.number}/{most}", f"loss {epoch.losses['total']:.4f}"]
     if task.inner:
         parts += [f"validation {epoch.validation_loss:.4f}", f"{metric} {epoch.metric:.3f}"]
     left_s = epoch.seconds * (most - epoch.number)

@@ -144,6 +144,7 @@ def score(
                 seed=task.seed,
                 device=task.device,
                 on_epoch=lambda _: beat(),
+                on_preparing=lambda _: beat(),
             )
             trained = trainer.run()
         except TrainingError:

@@ -54,6 +54,26 @@ def agent_attention(
     return found.to(v.dtype)
 
 
+def ask_agents(
+    q: Tensor, agents: Tensor, told: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Return softmax(s q_i Aᵀ) V_A of every tile, for agents of its bag: (T, H, dv).
+
+    The second half of `agent_attention`, for agents that come from elsewhere, as inducing points.
+
+    Args:
+        q: queries, (T, H, d).
+        agents: A, (B, n, H, d).
+        told: V_A, (B, n, H, dv).
+        cu_seqlens: (B + 1,) int32.
+        scale: s, 1/√d by default.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    used = torch.ones(agents.shape[:2], dtype=torch.bool, device=agents.device)
+    found: Tensor = _tell(q, agents.contiguous(), told.contiguous(), used, cu_seqlens, scale)
+    return found
+
+
 def _group_sizes(cu_seqlens: Tensor, agents: int, skip: int) -> Tensor:
     """Return the rows left out and those of each group: (B, 1 + n)."""
     many = cu_seqlens.diff().long()

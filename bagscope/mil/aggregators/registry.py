@@ -44,6 +44,14 @@ class Aggregator(nn.Module):
         """Return what the logits are a weighted sum of; None where they are no such sum."""
         return None
 
+    def after_step(self) -> None:
+        """Follow a change of the weights in training, as a running mean does."""
+
+    @property
+    def needs_grid(self) -> bool:
+        """Return whether tiles without places on a lattice are refused."""
+        return False
+
     if TYPE_CHECKING:
 
         def __call__(self, bags: Bags) -> BagOutput:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _OWN = ("validation_loss", "metric", "lr", "tiles", "seconds", "waited_s")
@@ -50,3 +50,24 @@ def metrics_csv(history: Sequence[Epoch]) -> str:
         losses = [f"{epoch.losses.get(name, math.nan):.8g}" for name in names]
         writer.writerow([epoch.number, *losses, *(f"{getattr(epoch, name):.8g}" for name in _OWN)])
     return text.getvalue()
+
+
+@dataclass
+class Means:
+    """Of each term of the loss, over the bags of an epoch."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: int) -> None:
+        """Take in the sum of a term over so many bags."""
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def found(self) -> dict[str, float]:
+        """Return the mean of each term that any bag took part in."""
+        return {
+            name: total / self.counts[name]
+            for name, total in self.sums.items()
+            if self.counts[name]
+        }

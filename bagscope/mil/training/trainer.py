@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +20,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bagscope import artifacts
-from bagscope.errors import (
-    ArtifactError,
-    BagscopeError,
-    ConfigError,
-    FingerprintMismatch,
-    first_line,
-)
+from bagscope.errors import BagscopeError, ConfigError
 from bagscope.kernels.dispatch import keeping
-from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
-from bagscope.mil.bags import Bags
+from bagscope.mil.aggregators.registry import Aggregator
+from bagscope.mil.bags import BagOutput, Bags
 from bagscope.mil.inference import DTYPES, infer
 from bagscope.mil.loading import Batch, Prefetched, Presentation, Step, load_batch, plan_epoch
-from bagscope.mil.objectives.fitted import Counts, FittedObjective
+from bagscope.mil.objectives.fitted import Counts, FittedObjective, Losses
 from bagscope.mil.objectives.objective import build_objective
 from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.regimes.regime import Regime
+from bagscope.mil.regimes.registry import build_model, refuse_impossible
 from bagscope.mil.sources import BagSource
 from bagscope.mil.statistics import FeatureStatistics, scale_of, statistics_of
 from bagscope.mil.targets import TargetSpec
-from bagscope.mil.training.history import Epoch, metrics_csv
+from bagscope.mil.training.history import Epoch, Means, metrics_csv
 from bagscope.mil.training.monitoring import metric_of
 from bagscope.mil.training.optimisation import (
     RunningMean,
@@ -49,13 +44,20 @@ from bagscope.mil.training.optimisation import (
     copied,
     mean_of,
 )
-
-STATE_NAME = "state.pt"
-METRICS_NAME = "metrics.csv"
+from bagscope.mil.training.state import METRICS_NAME, PREPARATION_NAME, STATE_NAME, read_state
 
 
 class TrainingError(BagscopeError):
     """Training can't go on: a loss that is no number, or too little memory."""
+
+
+@dataclass
+class Watch:
+    """Early stopping: the best epoch so far, 0 before any."""
+
+    best: float = math.inf
+    epoch: int = 0
+    weights: Weights = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,36 +80,6 @@ class Trained:
     inner_logits: NDArray[np.float64] | None
 
 
-@dataclass
-class _Watch:
-    """Early stopping: the best epoch so far, 0 before any."""
-
-    best: float = math.inf
-    epoch: int = 0
-    weights: Weights = field(default_factory=dict)
-
-
-@dataclass
-class _Means:
-    """Of each term of the loss, over the bags of an epoch."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, total: float, count: int) -> None:
-        """Take in the sum of a term over so many bags."""
-        self.sums[name] = self.sums.get(name, 0.0) + total
-        self.counts[name] = self.counts.get(name, 0) + count
-
-    def found(self) -> dict[str, float]:
-        """Return the mean of each term that any bag took part in."""
-        return {
-            name: total / self.counts[name]
-            for name, total in self.sums.items()
-            if self.counts[name]
-        }
-
-
 class Trainer:
     """Trains one model on one source."""
 
@@ -125,6 +97,7 @@ class Trainer:
         stop_after: int | None = None,
         plateau: Sequence[float] = (),
         on_epoch: Callable[[Epoch], None] = lambda _: None,
+        on_preparing: Callable[[Epoch], None] = lambda _: None,
     ) -> None:
         """Prepare a training.
 
@@ -142,6 +115,7 @@ class Trainer:
             plateau: what the schedule of this name leaves of the learning rate in each epoch, for a
                 training without an inner part; all of it if empty.
             on_epoch: is told of every epoch.
+            on_preparing: is told of every epoch of the training that the regime needs first.
 
         Raises:
             ConfigError: options that do not go together.
@@ -154,8 +128,10 @@ class Trainer:
         self._device = torch.device(device)
         self._folder = folder
         self._fingerprint = fingerprint
+        self._stop_after = stop_after
         self._plateau = tuple(plateau)
         self._on_epoch = on_epoch
+        self._on_preparing = on_preparing
         spec = recipe.training
         self._epochs = spec.epochs if stop_after is None else min(stop_after, spec.epochs)
         if spec.precision == "float16" and self._device.type == "cpu":
@@ -170,15 +146,17 @@ class Trainer:
         self._scale = scale_of(self.statistics) if recipe.bags.standardise else None
         torch.manual_seed(seed)
         self._labels = _labels(train)
+        refuse_impossible(recipe, self.targets)
         objective = build_objective(self.targets, recipe.objective)
         objective.require_step_of(recipe.bags.bags_per_step)
         self.objective = objective.fit(self._labels)
-        self.model = build_aggregator(
-            recipe.aggregator.name, train.dimension, objective.outputs, recipe.aggregator.options
-        ).to(self._device)
-        self._forward: Callable[[Bags], Any] = (
-            torch.compile(self.model, dynamic=True) if spec.compile else self.model
-        )
+        self.model = build_model(recipe, train.dimension, objective.outputs).to(self._device)
+        _require_grid(self.model, recipe, train)
+        self._forward: Callable[[Bags], BagOutput] = self.model
+        if spec.compile and isinstance(self.model, Regime):
+            self.model.inner.compile(dynamic=True)
+        elif spec.compile:
+            self._forward = torch.compile(self.model, dynamic=True)
         self._optimiser = build_optimiser(self.model, recipe.optimiser)
         per_epoch = len(self._plan(0))
         self._schedule = Schedule(
@@ -189,7 +167,7 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=spec.precision == "float16")
         self._ema = RunningMean(spec.ema_decay) if spec.ema_decay is not None else None
         self._last: deque[Weights] = deque(maxlen=spec.average_epochs)
-        self._watch = _Watch()
+        self._watch = Watch()
         self._history: list[Epoch] = []
 
     @property
@@ -204,6 +182,8 @@ class Trainer:
             TrainingError: the loss is no number.
         """
         self._resume()
+        if not self._history and isinstance(self.model, Regime):
+            self._prepare(self.model)
         while len(self._history) < self._epochs and not self._is_over():
             epoch = self._one_epoch(len(self._history))
             self._history.append(epoch)
@@ -211,6 +191,28 @@ class Trainer:
             self._keep()
             self._on_epoch(epoch)
         return self._finished()
+
+    def _prepare(self, model: Regime) -> None:
+        """Train what the regime needs to begin with, on the same bags; resumes by itself."""
+        first = model.preparation(self.recipe)
+        if first is None:
+            return
+        trainer = Trainer(
+            first.recipe,
+            self.targets,
+            first.seen(self._train),
+            None if self._inner is None else first.seen(self._inner),
+            seed=self._seed,
+            device=str(self._device),
+            folder=None if self._folder is None else self._folder / PREPARATION_NAME,
+            fingerprint=self._fingerprint,
+            stop_after=self._stop_after,
+            plateau=self._plateau,
+            on_epoch=self._on_preparing,
+        )
+        model.prepared(trainer.run().model)
+        # The same draws follow, whether this training was done now or found done.
+        torch.manual_seed(self._seed)
 
     # --- one epoch ------------------------------------------------------------------------------
 
@@ -221,7 +223,8 @@ class Trainer:
             seed=self._seed,
             epoch=epoch,
             weights=self._draw_weights() if self.recipe.bags.balanced else None,
-            whole_steps=self.objective.needs_batch_of_bags,
+            whole_steps=self.objective.needs_batch_of_bags
+            or (isinstance(self.model, Regime) and self.model.whole_steps),
         )
 
     def _one_epoch(self, number: int) -> Epoch:
@@ -244,10 +247,12 @@ class Trainer:
 
         def read(item: tuple[int, Batch, tuple[int, ...]]) -> Bags:
             step, batch, turns = item
-            return load_batch(self._train, batch, how, step=step, turns=turns)
+            return load_batch(
+                self._train, batch, how, step=step, turns=turns, progress=self._progress(step)
+            )
 
         self.model.train()
-        means = _Means()
+        means = Means()
         tiles = 0
         ready: Prefetched[Bags] = Prefetched(work, read)
         try:
@@ -283,13 +288,19 @@ class Trainer:
             {name: torch.from_numpy(rows[places]) for name, rows in self._labels.items()}
         )
 
-    def _learn(self, bags: Bags, step: Step, counts: Counts, means: _Means) -> None:
-        progress = step.number / max(1, self._schedule.steps)
+    def _learn(self, bags: Bags, step: Step, counts: Counts, means: Means) -> None:
+        def judge(
+            output: BagOutput, targets: Mapping[str, Tensor], lengths: Tensor | None = None
+        ) -> Losses:
+            return self.objective(
+                output, targets, progress=bags.progress, lengths=lengths, step=counts
+            )
+
         with keeping(self.recipe.training.keep_mib << 20):
-            output = self._forward(bags)
-        losses = self.objective(
-            output, bags.targets or {}, progress=progress, lengths=bags.lengths, step=counts
-        )
+            if isinstance(self.model, Regime):
+                losses = self.model.losses(bags, judge)
+            else:
+                losses = judge(self._forward(bags), bags.targets or {}, bags.lengths)
         total = float(losses.total.detach())
         if not math.isfinite(total):
             raise TrainingError(
@@ -304,6 +315,9 @@ class Trainer:
             own = values[losses.present[name]].double()
             means.add(name, float(own.sum()), len(own))
 
+    def _progress(self, step: int) -> float:
+        return step / max(1, self._schedule.steps)
+
     def _change_weights(self) -> None:
         clip = self.recipe.optimiser.clip_norm
         if clip is not None:
@@ -311,6 +325,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self._scaler.step(self._optimiser)
         self._scaler.update()
+        self.model.after_step()
         if self._ema is not None:
             self._ema.add(self.model)
 
@@ -353,7 +368,7 @@ class Trainer:
                 self._schedule.after_epoch(epoch.validation_loss)
             watched = epoch.validation_loss if spec.monitor == "loss" else -epoch.metric
             if watched < self._watch.best:
-                self._watch = _Watch(best=watched, epoch=epoch.number, weights=self._weights_now())
+                self._watch = Watch(best=watched, epoch=epoch.number, weights=self._weights_now())
         if spec.checkpoint == "averaged":
             self._last.append(self._weights_now())
 
@@ -441,23 +456,7 @@ class Trainer:
         path = None if self._folder is None else self._folder / STATE_NAME
         if path is None or not path.exists():
             return
-        try:
-            state = torch.load(path, map_location=self._device, weights_only=True)
-        except Exception as error:  # whatever a damaged file makes of the unpickler
-            raise ArtifactError(
-                f"{path}: can't be read ({first_line(error)}); delete it to train this member anew"
-            ) from error
-        if state["fingerprint"] != self._fingerprint:
-            raise FingerprintMismatch(
-                f"{path}: was left by a training with other options or data; pass --overwrite to "
-                "train anew, or choose another --name"
-            )
-        if state["device"] != self._device.type:
-            raise ConfigError(
-                f"{path}: was left by a training on {state['device']}, and this one is on "
-                f"{self._device.type}, which draws other numbers; pass --device {state['device']}, "
-                "or --overwrite to train anew"
-            )
+        state = read_state(path, self._fingerprint, self._device)
         self._history = [Epoch(**values) for values in state["history"]]
         self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -467,7 +466,7 @@ class Trainer:
             self._ema.restore(state["ema"])
         self._last.extend(state["last"])
         best, epoch, weights = state["watch"]
-        self._watch = _Watch(best=best, epoch=epoch, weights=dict(weights))
+        self._watch = Watch(best=best, epoch=epoch, weights=dict(weights))
         torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self._device)
@@ -479,3 +478,12 @@ def _labels(source: BagSource) -> dict[str, NDArray[np.float64]]:
     return {
         name: np.array([case.targets[name] for case in source.cases], np.float64) for name in names
     }
+
+
+def _require_grid(model: Aggregator, recipe: TrainSpec, source: BagSource) -> None:
+    if model.needs_grid and source.grid(0) is None:
+        raise ConfigError(
+            f"aggregator {recipe.aggregator.name} with these options goes by the tiles' places on "
+            f"the lattice, and {source.cases[0].case_id} has none; extract features with places, "
+            "or choose options that do without"
+        )

@@ -16,7 +16,8 @@ from bagscope import artifacts
 from bagscope.errors import ArtifactError, ConfigError, FingerprintMismatch
 from bagscope.mil.sources import ArraySource
 from bagscope.mil.targets import TargetSpec
-from bagscope.mil.training.trainer import STATE_NAME, Trained, Trainer, TrainingError
+from bagscope.mil.training.state import STATE_NAME
+from bagscope.mil.training.trainer import Trained, Trainer, TrainingError
 from tests.mil.made_bags import TARGET, made_recipe, made_source
 
 

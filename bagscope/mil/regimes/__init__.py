@@ -1,0 +1,1 @@
+"""Regimes: what is done around an aggregator while it learns."""

@@ -1,0 +1,114 @@
+"""The regimes by name, and the model that a recipe describes: its aggregator within its regime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeVar
+
+from bagscope.errors import ConfigError
+from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
+from bagscope.mil.recipe import FULL, TrainSpec
+from bagscope.mil.regimes.regime import Regime
+from bagscope.mil.targets import TargetSpec
+from bagscope.specs import Spec, did_you_mean, parse_spec
+
+BUILT_IN: tuple[str, ...] = ()
+"""A new regime is a file of this folder and its name in this line."""
+
+RegimeT = TypeVar("RegimeT", bound=type[Regime])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegimeEntry:
+    """What is known of a registered regime.
+
+    Attributes:
+        kind: its class.
+        options: the spec of its options.
+        summary: one sentence.
+        reference: where it was published.
+    """
+
+    name: str
+    kind: type[Regime]
+    options: type[Spec]
+    summary: str
+    reference: str
+
+
+_ENTRIES: dict[str, RegimeEntry] = {}
+
+
+def register_regime(
+    name: str, options: type[Spec], *, summary: str, reference: str
+) -> Callable[[RegimeT], RegimeT]:
+    """Register a regime under a name; decorates its class."""
+
+    def add(kind: RegimeT) -> RegimeT:
+        _ENTRIES[name] = RegimeEntry(
+            name=name, kind=kind, options=options, summary=summary, reference=reference
+        )
+        return kind
+
+    return add
+
+
+def regime_names() -> tuple[str, ...]:
+    """Return the names of all regimes, in order; imports none of them."""
+    return tuple(sorted({FULL, *BUILT_IN, *_ENTRIES}))
+
+
+def regime_entry(name: str) -> RegimeEntry:
+    """Return what is known of a regime other than the plain one.
+
+    Raises:
+        ConfigError: no such regime.
+    """
+    if name not in _ENTRIES and name in BUILT_IN:
+        import_module(f"bagscope.mil.regimes.{name}")
+    if name not in _ENTRIES:
+        raise ConfigError(f"no regime {name!r}{did_you_mean(name, regime_names())}")
+    return _ENTRIES[name]
+
+
+def build_model(recipe: TrainSpec, features: int, outputs: int) -> Aggregator:
+    """Return the freshly initialised model of a recipe.
+
+    Args:
+        recipe: its aggregator and its regime count.
+        features: width of a tile's vector.
+        outputs: number of logits.
+
+    Raises:
+        ConfigError: no such aggregator or regime, or options that it does not have.
+    """
+    aggregator, regime = recipe.aggregator, recipe.regime
+
+    def inner(features: int, outputs: int) -> Aggregator:
+        return build_aggregator(aggregator.name, features, outputs, aggregator.options)
+
+    if regime.name == FULL:
+        _parsed(FULL, Spec, regime.options)
+        return inner(features, outputs)
+    entry = regime_entry(regime.name)
+    build: Any = entry.kind
+    model: Regime = build(
+        features, outputs, _parsed(entry.name, entry.options, regime.options), inner
+    )
+    return model
+
+
+def refuse_impossible(recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
+    """Refuse a regime that does not go with the rest of a recipe, or with the targets.
+
+    Raises:
+        ConfigError: says what does not go together.
+    """
+    if recipe.regime.name != FULL:
+        regime_entry(recipe.regime.name).kind.refuse(recipe, targets)
+
+
+def _parsed(name: str, spec: type[Spec], options: Mapping[str, Any]) -> Spec:
+    return parse_spec(spec, options, where=f"regime {name}")
