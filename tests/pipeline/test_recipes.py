@@ -13,7 +13,18 @@ from bagscope.mil.training.trainer import Trainer
 from bagscope.pipeline.recipes import load_recipe, recipe_names
 from tests.mil.made_bags import TARGET, made_source
 
-NAMES = ("abmil", "abmil_gated", "acmil", "aem", "clam_mb", "clam_sb", "mambamil", "max", "mean")
+NAMES = (
+    "abmil",
+    "abmil_gated",
+    "acmil",
+    "aem",
+    "clam_mb",
+    "clam_sb",
+    "mambamil",
+    "max",
+    "mean",
+    "set_transformer",
+)
 ROOT = Path(bagscope.__file__).parent.parent
 CONFIGS = ROOT / "configs"
 

@@ -32,11 +32,21 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "max": ({"level": "embedding"},),
     "mean": ({"level": "embedding", "activation": "gelu", "init": "torch"},),
+    "set_transformer": (
+        {"layer_norm": True, "seeds": 3, "blocks": 1},
+        {"attention": "full", "blocks": 1, "seed_blocks": 0, "dropout": 0.25},
+    ),
 }
 """Options beside the defaults, with a narrow projection, so that it is quick."""
 
-DRAWS: dict[str, dict[str, Any]] = {"mambamil": {"hidden": 16, "dropout": 0.25}}
+DRAWS: dict[str, dict[str, Any]] = {
+    "mambamil": {"hidden": 16, "dropout": 0.25},
+    "set_transformer": {"hidden": 16, "dropout": 0.25},
+}
 """Options of those that draw nothing by default."""
+
+SLOW = {"mambamil", "set_transformer"}
+"""Of these, only the defaults are checked every time."""
 
 
 def test_every_kind_is_of_a_registered_one() -> None:
@@ -52,7 +62,7 @@ def test_with_its_defaults(name: str) -> None:
     ("name", "options"),
     [
         # A layer that mixes tiles takes long in float64, and longer to compile.
-        pytest.param(name, options, marks=[pytest.mark.slow] if name == "mambamil" else [])
+        pytest.param(name, options, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in KINDS
         for options in KINDS[name]
     ],
