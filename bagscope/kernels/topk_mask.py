@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from bagscope.kernels.dispatch import choose
+from bagscope.kernels.hashing import hashed, key_of_step, uniform
 from bagscope.kernels.segments import bag_of_tile, require_borders
 
-_FIRST, _SECOND, _GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
-"""Multipliers of splitmix64, as signed numbers: torch's integers wrap, and have a sign."""
 _SCHEMA = (
     "(Tensor scores, Tensor cu_seqlens, Tensor bag_ids, int k, float p, SymInt seed, SymInt step, "
     "bool exactly) -> Tensor"
@@ -187,25 +186,6 @@ def _ranks(scores: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 def _draws(bag_ids: Tensor, branches: int, k: int, seed: int, step: int) -> Tensor:
     """Return numbers in [0, 1) that depend on their names alone: (B, K, k) float64."""
     device = bag_ids.device
-    key = _hashed(_signed(seed) ^ _hashed(torch.full((), step, device=device)))
-    key = _hashed(key ^ bag_ids)[:, None, None]
-    key = _hashed(key ^ torch.arange(branches, device=device)[:, None])
-    key = _hashed(key ^ torch.arange(k, device=device))
-    return _shifted(key, 11).double() * 2.0**-53
-
-
-def _hashed(number: Tensor) -> Tensor:
-    """Return splitmix64's output for each number."""
-    number = number + _GOLDEN
-    number = (number ^ _shifted(number, 30)) * _FIRST
-    number = (number ^ _shifted(number, 27)) * _SECOND
-    return number ^ _shifted(number, 31)
-
-
-def _shifted(number: Tensor, bits: int) -> Tensor:
-    """Return the number shifted right with zeros coming in, as an unsigned one is."""
-    return (number >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(number: int) -> int:
-    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+    key = hashed(key_of_step(seed, step, device) ^ bag_ids)[:, None, None]
+    key = hashed(key ^ torch.arange(branches, device=device)[:, None])
+    return uniform(hashed(key ^ torch.arange(k, device=device)))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bagscope.mil.bags import Bags
 from bagscope.mil.recipe import BagSpec
-from bagscope.mil.sampling import Key, disturb, sample_rows
+from bagscope.mil.sampling import Key, disturb, leave_out, sample_rows
 from bagscope.mil.sources import BagSource, CaseBag
 from bagscope.mil.statistics import Scale
 
@@ -257,10 +257,12 @@ class Prefetched(Iterator[Made]):
 
 def _read(source: BagSource, place: int, how: Presentation, key: Key) -> CaseBag:
     rows = None
-    if how.training and how.spec.sample_tiles is not None:
+    if how.training:
         spec, length = how.spec, int(source.lengths[place])
-        grid = source.grid(place) if spec.sampling == "spatial" else None
+        by_place = spec.sample_tiles is not None and spec.sampling == "spatial"
+        grid = source.grid(place) if by_place else None
         rows = sample_rows(length, spec.sample_tiles, spec.sampling, grid, key=key)
+        rows = leave_out(rows, length, spec.tile_dropout, key=key)
     return source.read(place, rows)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bagscope.mil.cases import Per
 from bagscope.mil.objectives.spec import ObjectiveSpec
@@ -48,6 +48,21 @@ class BagSpec(Spec):
     sampling: Sampling = Field(
         default="uniform", description="how they are drawn: uniform or spatial"
     )
+    first_tiles: int | None = Field(
+        default=None,
+        ge=1,
+        description="tiles of a bag that the first steps see: a curriculum, which grows to "
+        "sample_tiles, or to whole bags; none if not set",
+    )
+    grow_share: float = Field(
+        default=0.5, gt=0, le=1, description="share of the epochs over which first_tiles grows"
+    )
+    tile_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of a bag's tiles that a training step leaves out",
+    )
     standardise: bool = Field(
         default=False, description="bring tiles to the training tiles' mean 0 and deviation 1"
     )
@@ -60,6 +75,13 @@ class BagSpec(Spec):
     balanced: bool = Field(
         default=False, description="draw training bags so that every class comes equally often"
     )
+
+    @model_validator(mode="after")
+    def _grows(self) -> BagSpec:
+        first, last = self.first_tiles, self.sample_tiles
+        if first is not None and last is not None and first > last:
+            raise ValueError(f"first_tiles is {first} and is to grow to sample_tiles, {last}")
+        return self
 
 
 class OptimiserSpec(Spec):

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bagscope.kernels.varlen_self_attention.hilbert import hilbert_index
 from bagscope.mil.bags import key_of
-from bagscope.mil.recipe import Sampling
+from bagscope.mil.recipe import BagSpec, Sampling
 
 Key = tuple[int, int, str, int]
 """Seed, number of the step in the run, the case's id, how often it came in that step before."""
 
-_ROWS, _NOISE = 1, 2
+_ROWS, _NOISE, _DROPPED = 1, 2, 3
 """What a draw is for; two purposes never share one."""
 
 
@@ -54,6 +54,45 @@ def sample_rows(
     # Stretches are at least one tile long, and no two of them reach into the same tile.
     low, high = np.ceil(borders[:-1]).astype(np.int64), np.ceil(borders[1:]).astype(np.int64)
     return np.sort(walk[generator.integers(low, high)]).astype(np.int64)
+
+
+def shown_at(spec: BagSpec, longest: int, progress: float) -> BagSpec:
+    """Return how bags are presented at a time: a curriculum's `sample_tiles` is of that time.
+
+    It grows by the same factor in every epoch, from `first_tiles` to `sample_tiles`, or to the
+    longest bag.
+
+    Args:
+        spec: of the whole training.
+        longest: tiles of the largest bag.
+        progress: share of the epochs that is done.
+    """
+    if spec.first_tiles is None or progress >= spec.grow_share:
+        return spec
+    last = min(longest, spec.sample_tiles or longest)
+    first = min(spec.first_tiles, last)
+    now = round(first * (last / first) ** (progress / spec.grow_share))
+    return spec.model_copy(update={"sample_tiles": now})
+
+
+def leave_out(
+    rows: NDArray[np.int64] | None, length: int, share: float, *, key: Key
+) -> NDArray[np.int64] | None:
+    """Return the rows without a share of them, each by its own draw, but never without all.
+
+    Args:
+        rows: (n,) of a bag, None for all of them.
+        length: tiles of the bag.
+        share: that is left out.
+        key: of the draw.
+    """
+    if not share:
+        return rows
+    rows = np.arange(length) if rows is None else rows
+    drawn = np.random.default_rng(_entropy(key, _DROPPED)).random(len(rows))
+    kept = drawn >= share
+    kept[np.argmax(drawn)] = True
+    return rows[kept]
 
 
 def disturb(features: Tensor, *, dropout: float, noise: float, key: Key) -> Tensor:

@@ -132,7 +132,9 @@ def plain_recipe(recipe: TrainSpec, count: int) -> TrainSpec:
     """Return a recipe without anything that keeps it from learning by heart."""
     from bagscope.mil.aggregators.registry import aggregator_entry
     from bagscope.mil.objectives.spec import EntropySpec
+    from bagscope.mil.regimes.registry import without_regime
 
+    recipe = without_regime(recipe)
     aggregator = recipe.aggregator
     given: dict[str, Any] = dict(aggregator.options)
     fields = aggregator_entry(aggregator.name).options.model_fields
@@ -147,6 +149,8 @@ def plain_recipe(recipe: TrainSpec, count: int) -> TrainSpec:
                 update={
                     "bags_per_step": min(recipe.bags.bags_per_step, count),
                     "sample_tiles": None,
+                    "first_tiles": None,
+                    "tile_dropout": 0.0,
                     "feature_dropout": 0.0,
                     "noise": 0.0,
                     "balanced": False,

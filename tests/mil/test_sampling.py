@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from bagscope.mil.sampling import disturb, sample_rows
+from bagscope.mil.recipe import BagSpec
+from bagscope.mil.sampling import disturb, leave_out, sample_rows, shown_at
 
 KEY = (0, 0, "case", 0)
 
@@ -119,3 +121,39 @@ def test_a_bag_of_one_number_is_disturbed_too() -> None:
     found = disturb(torch.ones(1, 1), dropout=0.0, noise=0.5, key=KEY)
     assert torch.isfinite(found).all()
     assert found.item() != 1.0
+
+
+def test_a_curriculum_grows_by_the_same_factor_and_ends_at_whole_bags() -> None:
+    spec = BagSpec(first_tiles=10, grow_share=0.5)
+    shown = [shown_at(spec, 640, epoch / 12).sample_tiles for epoch in range(12)]
+    assert shown[:6] == [10, 20, 40, 80, 160, 320]
+    assert shown[6:] == [None] * 6
+    bounded = spec.model_copy(update={"sample_tiles": 40})
+    assert shown_at(bounded, 640, 0.25).sample_tiles == 20
+    assert shown_at(bounded, 640, 0.5).sample_tiles == 40
+    # Bags that are shorter than the first stage are whole from the beginning.
+    assert shown_at(spec, 7, 0.0).sample_tiles == 7
+
+
+def test_a_curriculum_that_would_shrink_is_refused() -> None:
+    with pytest.raises(ValidationError, match="first_tiles is 50 and is to grow to sample_tiles"):
+        BagSpec(first_tiles=50, sample_tiles=40)
+
+
+@given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 1000))
+def test_some_tiles_are_left_out_and_never_all(length: int, share: float, step: int) -> None:
+    rows = leave_out(None, length, share, key=(0, step, "a", 0))
+    if rows is None:
+        assert not share
+        return
+    assert 1 <= len(rows) <= length
+    assert sorted(set(rows.tolist())) == rows.tolist()
+
+
+def test_the_share_that_is_left_out_is_the_one_asked_for() -> None:
+    everything = np.arange(500)
+    kept = [leave_out(everything, 500, 0.3, key=(0, step, "a", 0)) for step in range(40)]
+    assert abs(np.mean([len(rows) for rows in kept if rows is not None]) / 500 - 0.7) < 0.01
+    chosen = np.arange(0, 500, 5)
+    some = leave_out(chosen, 500, 0.5, key=(0, 0, "a", 0))
+    assert some is not None and set(some.tolist()) < set(chosen.tolist())

@@ -106,6 +106,11 @@ class MambaMIL(Aggregator):
             entropy=found.entropy,
         )
 
+    @property
+    def needs_grid(self) -> bool:
+        """Return whether tiles are read by their places."""
+        return self.options.order != "stored" or self.options.ways == "cross"
+
     def pooling_terms(self, bags: Bags) -> PoolingTerms:
         """Return each tile's score and its class logits at weight 1, beside the tiles it has."""
         h = self._hidden(bags)

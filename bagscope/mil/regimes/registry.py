@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 from bagscope.errors import ConfigError
 from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
-from bagscope.mil.recipe import FULL, TrainSpec
+from bagscope.mil.recipe import FULL, RegimeSpec, TrainSpec
 from bagscope.mil.regimes.regime import Regime
 from bagscope.mil.targets import TargetSpec
 from bagscope.specs import Spec, did_you_mean, parse_spec
 
-BUILT_IN: tuple[str, ...] = ()
+BUILT_IN: tuple[str, ...] = (
+    "mixup",
+    "pseudo_bags",
+)
 """A new regime is a file of this folder and its name in this line."""
 
 RegimeT = TypeVar("RegimeT", bound=type[Regime])
@@ -29,6 +32,7 @@ class RegimeEntry:
         options: the spec of its options.
         summary: one sentence.
         reference: where it was published.
+        terms: of the loss that it adds.
     """
 
     name: str
@@ -36,19 +40,30 @@ class RegimeEntry:
     options: type[Spec]
     summary: str
     reference: str
+    terms: tuple[str, ...]
 
 
 _ENTRIES: dict[str, RegimeEntry] = {}
 
 
 def register_regime(
-    name: str, options: type[Spec], *, summary: str, reference: str
+    name: str,
+    options: type[Spec],
+    *,
+    summary: str,
+    reference: str,
+    terms: tuple[str, ...] = (),
 ) -> Callable[[RegimeT], RegimeT]:
     """Register a regime under a name; decorates its class."""
 
     def add(kind: RegimeT) -> RegimeT:
         _ENTRIES[name] = RegimeEntry(
-            name=name, kind=kind, options=options, summary=summary, reference=reference
+            name=name,
+            kind=kind,
+            options=options,
+            summary=summary,
+            reference=reference,
+            terms=terms,
         )
         return kind
 
@@ -108,6 +123,20 @@ def refuse_impossible(recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
     """
     if recipe.regime.name != FULL:
         regime_entry(recipe.regime.name).kind.refuse(recipe, targets)
+
+
+def without_regime(recipe: TrainSpec) -> TrainSpec:
+    """Return the same recipe under the plain regime, without the terms that the other one adds."""
+    if recipe.regime.name == FULL:
+        return recipe
+    own = regime_entry(recipe.regime.name).terms
+    kept = {name: weight for name, weight in recipe.objective.terms.items() if name not in own}
+    return recipe.model_copy(
+        update={
+            "regime": RegimeSpec(),
+            "objective": recipe.objective.model_copy(update={"terms": kept}),
+        }
+    )
 
 
 def _parsed(name: str, spec: type[Spec], options: Mapping[str, Any]) -> Spec:

@@ -28,9 +28,10 @@ from bagscope.mil.inference import DTYPES, infer
 from bagscope.mil.loading import Batch, Prefetched, Presentation, Step, load_batch, plan_epoch
 from bagscope.mil.objectives.fitted import Counts, FittedObjective, Losses
 from bagscope.mil.objectives.objective import build_objective
-from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.recipe import BagSpec, TrainSpec
 from bagscope.mil.regimes.regime import Regime
 from bagscope.mil.regimes.registry import build_model, refuse_impossible
+from bagscope.mil.sampling import shown_at
 from bagscope.mil.sources import BagSource
 from bagscope.mil.statistics import FeatureStatistics, scale_of, statistics_of
 from bagscope.mil.targets import TargetSpec
@@ -219,7 +220,7 @@ class Trainer:
     def _plan(self, epoch: int) -> list[Step]:
         return plan_epoch(
             self._train.lengths,
-            self.recipe.bags,
+            self._shown_in(epoch),
             seed=self._seed,
             epoch=epoch,
             weights=self._draw_weights() if self.recipe.bags.balanced else None,
@@ -227,13 +228,17 @@ class Trainer:
             or (isinstance(self.model, Regime) and self.model.whole_steps),
         )
 
+    def _shown_in(self, epoch: int) -> BagSpec:
+        longest = int(self._train.lengths.max())
+        return shown_at(self.recipe.bags, longest, epoch / self.recipe.training.epochs)
+
     def _one_epoch(self, number: int) -> Epoch:
         if self._plateau:
             self._schedule.factor = self._plateau[min(number, len(self._plateau) - 1)]
         began_s = time.perf_counter()
         steps = self._plan(number)
         how = Presentation(
-            spec=self.recipe.bags,
+            spec=self._shown_in(number),
             dtype=DTYPES[self.recipe.training.precision],
             training=True,
             seed=self._seed,
