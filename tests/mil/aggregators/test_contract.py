@@ -25,6 +25,10 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "clam_mb": ({"subtyping": True, "instance_loss": "ce"},),
     "clam_sb": ({"subtyping": True, "k": 3},),
+    "dsmil": (
+        {"q": "linear", "activation": "gelu", "dropout": 0.25},
+        {"v": "passing", "value_dropout": 0.25, "predict": "mean"},
+    ),
     "mambamil": (
         {"ways": "bi", "order": "raster", "layers": 1},
         {"ways": "cross", "order": "hilbert", "dropout": 0.25, "layers": 1},
@@ -40,6 +44,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
 """Options beside the defaults, with a narrow projection, so that it is quick."""
 
 DRAWS: dict[str, dict[str, Any]] = {
+    "dsmil": {"hidden": 16, "dropout": 0.25},
     "mambamil": {"hidden": 16, "dropout": 0.25},
     "set_transformer": {"hidden": 16, "dropout": 0.25},
 }

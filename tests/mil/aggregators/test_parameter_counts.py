@@ -15,6 +15,7 @@ COUNTS: tuple[tuple[str, int, dict[str, Any], int], ...] = (
     ("clam_sb", 1024, {}, 790_791),
     ("clam_mb", 1024, {}, 791_048),
     ("acmil", 384, {}, 84_369),
+    ("dsmil", 512, {}, 85_252),
     ("mambamil", 1024, {}, 4_227_843),
 )
 

@@ -30,7 +30,8 @@ class Recorded:
         self.source = source
         self.x = self.tensors["input/x"] if features is None else features
         self.x = self.x.clone().requires_grad_()
-        self.label = self.tensors["input/label"]
+        label = torch.tensor([self.meta["label"]]).flatten()
+        self.label = self.tensors.get("input/label", label)
         resolved = {
             ours: self.config[theirs[1:]] if str(theirs).startswith("=") else theirs
             for ours, theirs in options.items()
