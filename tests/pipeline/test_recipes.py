@@ -21,6 +21,7 @@ NAMES = (
     "clam_mb",
     "clam_sb",
     "dsmil",
+    "hopfield",
     "mambamil",
     "max",
     "mean",

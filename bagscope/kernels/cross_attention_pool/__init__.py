@@ -27,7 +27,7 @@ from bagscope.kernels.cross_attention_pool.reference import cross_attention_pool
 from bagscope.kernels.dispatch import choose, own_arithmetic
 from bagscope.kernels.segments import bag_of_tile, require_borders
 
-__all__ = ["cross_attention_pool", "cross_attention_pool_reference"]
+__all__ = ["cross_attention_pool", "cross_attention_pool_reference", "retrieve"]
 
 _OP = "cross_attention_pool"
 _WIDEST = 128
@@ -62,19 +62,22 @@ def cross_attention_pool(
         ValueError: shapes or borders do not belong together.
     """
     bags = len(cu_seqlens) - 1
-    if q.ndim == 3:
-        q = q.expand(bags, *q.shape)
+    q = _per_bag(q, k, bags)
     if q.ndim != 4 or k.ndim != 3 or v.ndim != 3 or len(k) != len(v):
         raise ValueError(_shapes(q, k, v))
     if len(q) != bags or q.shape[2:] != k.shape[1:] or k.shape[1] != v.shape[1]:
         raise ValueError(_shapes(q, k, v))
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    # Few numbers: kept in full, so that gradients of shared queries are summed in full too.
-    q = q.to(torch.promote_types(k.dtype, torch.float32))
     if update_steps:
-        q = _retrieve(q, k, cu_seqlens, scale, update_steps, update_eps)
+        q = retrieve(q, k, cu_seqlens, scale=scale, steps=update_steps, eps=update_eps)
     pooled, lse, weights = _pool(q, k, v, cu_seqlens, scale, return_weights)
     return pooled.to(v.dtype), lse, weights if return_weights else None
+
+
+def _per_bag(q: Tensor, k: Tensor, bags: int) -> Tensor:
+    # Few numbers: kept in full, so that gradients of shared queries are summed in full too.
+    q = q.to(torch.promote_types(k.dtype, torch.float32))
+    return q.expand(bags, *q.shape) if q.ndim == 3 else q
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -92,10 +95,14 @@ def _pool(
     return found
 
 
-def _retrieve(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor, scale: float, steps: int, eps: float
+def retrieve(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, *, scale: float, steps: int, eps: float = 1e-4
 ) -> Tensor:
-    """Return the queries after at most `steps` updates, each head of each bag for itself."""
+    """Return the queries (B, m, H, d) after at most `steps` updates, each head of each bag alone.
+
+    Arguments are those of `cross_attention_pool`, which does it where it is given `update_steps`.
+    """
+    q = _per_bag(q, k, len(cu_seqlens) - 1)
     before: Tensor | None = None
     active = torch.ones(len(q), 1, q.shape[2], 1, dtype=torch.bool, device=q.device)
     bags = bag_of_tile(cu_seqlens, len(k))

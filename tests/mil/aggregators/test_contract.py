@@ -29,6 +29,10 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"q": "linear", "activation": "gelu", "dropout": 0.25},
         {"v": "passing", "value_dropout": 0.25, "predict": "mean"},
     ),
+    "hopfield": (
+        {"states": 2, "heads": 3, "beta": 0.7, "dropout": 0.0},
+        {"update_steps": 3, "heads": 2},
+    ),
     "mambamil": (
         {"ways": "bi", "order": "raster", "layers": 1},
         {"ways": "cross", "order": "hilbert", "dropout": 0.25, "layers": 1},
@@ -45,12 +49,13 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
 
 DRAWS: dict[str, dict[str, Any]] = {
     "dsmil": {"hidden": 16, "dropout": 0.25},
+    "hopfield": {"heads": 4, "dropout": 0.5},
     "mambamil": {"hidden": 16, "dropout": 0.25},
     "set_transformer": {"hidden": 16, "dropout": 0.25},
 }
 """Options of those that draw nothing by default."""
 
-SLOW = {"mambamil", "set_transformer"}
+SLOW = {"hopfield", "mambamil", "set_transformer"}
 """Of these, only the defaults are checked every time."""
 
 
