@@ -161,14 +161,32 @@ class StoreSource:
 class ArraySource:
     """Bags that are arrays in memory, as a scikit-learn user has them."""
 
-    def __init__(self, bags: Sequence[NDArray[Any]], cases: Sequence[Case]) -> None:
+    def __init__(
+        self,
+        bags: Sequence[NDArray[Any]],
+        cases: Sequence[Case],
+        *,
+        grids: Sequence[NDArray[np.int32]] | None = None,
+        tile_um: float = math.nan,
+    ) -> None:
         """Take one (n, D) array per case.
+
+        Args:
+            bags: of the cases.
+            cases: as many.
+            grids: (n, 2) int32 (column, row) of each bag's tiles, where they lie on a lattice.
+            tile_um: side of a tile in micrometres; with a lattice, tiles then have coordinates.
 
         Raises:
             ValueError: no bags, an empty one, widths that differ, or values that are not finite.
         """
         self._bags = [np.asarray(bag) for bag in bags]
         self._cases = tuple(cases)
+        self._grids = None if grids is None else [np.asarray(grid, np.int32) for grid in grids]
+        self._tile_um = tile_um
+        shapes = [(len(bag), 2) for bag in self._bags]
+        if self._grids is not None and [grid.shape for grid in self._grids] != shapes:
+            raise ValueError("grids must hold a (column, row) for every tile of every bag")
         if len(self._bags) != len(self._cases) or not self._bags:
             raise ValueError(f"{len(self._bags)} bags and {len(self._cases)} cases; give as many")
         width = self._bags[0].shape[-1]
@@ -200,24 +218,29 @@ class ArraySource:
         return int(self._bags[0].shape[1])
 
     def grid(self, index: int) -> NDArray[np.int32] | None:
-        """Return None: arrays lie nowhere."""
-        return None
+        """Return the (column, row) of each tile; None where no lattice was given."""
+        return None if self._grids is None else self._grids[index]
 
     def read(self, index: int, rows: Rows | None = None) -> CaseBag:
         """Return a bag, or the given rows of it."""
         bag = self._bags[index]
         case = self._cases[index]
         numbers = np.arange(len(bag)) if rows is None else rows
+        grid = None if self._grids is None else self._grids[index][numbers]
+        has_size = not math.isnan(self._tile_um)
         return CaseBag(
             case=case,
             features=bag if rows is None else bag[rows],
-            coords_l0=None,
-            grid=None,
+            # A pixel for every micrometre, so that a tile is as many pixels wide.
+            coords_l0=(grid * self._tile_um).astype(np.int32)
+            if grid is not None and has_size
+            else None,
+            grid=grid,
             slide_ids=(case.case_id,),
             tile_slide=np.zeros(len(numbers), np.int32),
             tile_row=numbers.astype(np.int32),
-            tile_um=np.array([math.nan]),
-            mpp_l0=np.array([math.nan]),
+            tile_um=np.array([self._tile_um]),
+            mpp_l0=np.array([1.0 if has_size else math.nan]),
         )
 
 

@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bagscope.testing.aggregators import check_aggregator
     from bagscope.testing.encoders import check_encoder
+    from bagscope.testing.pairs import PlantedPairs, planted_pairs
     from bagscope.testing.planted import PlantedBags, planted_bags
 
-__all__ = ["PlantedBags", "check_aggregator", "check_encoder", "planted_bags"]
+__all__ = [
+    "PlantedBags",
+    "PlantedPairs",
+    "check_aggregator",
+    "check_encoder",
+    "planted_bags",
+    "planted_pairs",
+]
 
 _HOMES = {
     "PlantedBags": "planted",
+    "PlantedPairs": "pairs",
     "check_aggregator": "aggregators",
     "check_encoder": "encoders",
     "planted_bags": "planted",
+    "planted_pairs": "pairs",
 }
 
 
