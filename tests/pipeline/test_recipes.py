@@ -21,6 +21,7 @@ NAMES = (
     "clam_mb",
     "clam_sb",
     "dsmil",
+    "dtfd",
     "hopfield",
     "mambamil",
     "max",
@@ -57,6 +58,7 @@ def test_each_learns_from_bags(name: str) -> None:
         "aem": {"entropy"},
         "clam_mb": {"instance"},
         "clam_sb": {"instance"},
+        "dtfd": {"semantic"},
         "dsmil": {"semantic"},
     }
     assert set(epoch.losses) - {"total", "bag", "bag/label"} == added.get(name, set())

@@ -8,13 +8,14 @@ from types import MappingProxyType
 from torch import Tensor
 
 from bagscope.errors import ConfigError
-from bagscope.mil.originals import dsmil, hopfield, mambamil, pooling, set_transformer
+from bagscope.mil.originals import dsmil, dtfd, hopfield, mambamil, pooling, set_transformer
 from bagscope.mil.originals.mapping import Original
 from bagscope.specs import did_you_mean
 
 ORIGINALS: Mapping[str, Original] = MappingProxyType(
     pooling.ORIGINALS
     | dsmil.ORIGINALS
+    | dtfd.ORIGINALS
     | hopfield.ORIGINALS
     | mambamil.ORIGINALS
     | set_transformer.ORIGINALS

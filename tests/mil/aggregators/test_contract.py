@@ -29,6 +29,10 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"q": "linear", "activation": "gelu", "dropout": 0.25},
         {"v": "passing", "value_dropout": 0.25, "predict": "mean"},
     ),
+    "dtfd": (
+        {"distil": "maxs", "inference_splits": 2, "dropout": 0.25},
+        {"distil": "maxmins", "total_tiles": 15, "pseudo_bags": 5, "rank_by": "predicted"},
+    ),
     "hopfield": (
         {"states": 2, "heads": 3, "beta": 0.7, "dropout": 0.0},
         {"update_steps": 3, "heads": 2},
@@ -55,7 +59,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 }
 """Options of those that draw nothing by default."""
 
-SLOW = {"hopfield", "mambamil", "set_transformer"}
+SLOW = {"dtfd", "hopfield", "mambamil", "set_transformer"}
 """Of these, only the defaults are checked every time."""
 
 
