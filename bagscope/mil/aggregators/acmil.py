@@ -118,7 +118,7 @@ class ACMIL(Aggregator):
             return None
         attention = self.branches.attention
         weight, bias = self.classifier.weight, self.classifier.bias
-        h = attention.projection(bags.features.to(weight.dtype))
+        h = attention.projected(bags.features.to(weight.dtype))
         shares = functional.linear(h, weight) / self.options.branches
         return PoolingTerms(
             scores=attention(bags).scores,

@@ -75,7 +75,7 @@ class GatedBranches(nn.Module):
             pooled, scores, lse, entropy = self.attention(bags)
         else:
             # The mask needs the scores of all tiles first, so h is kept between the two.
-            h = self.attention.projection(bags.features)
+            h = self.attention.projected(bags.features)
             scores = mask(self.attention.scores(h, bags))
             pooled, lse, entropy, _ = segment_softmax_pool(scores, h, bags.cu_seqlens)
         together = pooled.mean(1)

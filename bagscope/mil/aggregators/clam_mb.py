@@ -48,7 +48,7 @@ class CLAMMB(Aggregator):
     def pooling_terms(self, bags: Bags) -> PoolingTerms:
         """Return each tile's scores and its logits at weight 1; column c adds to logit c alone."""
         weight, bias = self.classifier.weight, self.classifier.bias
-        h = self.attention.projection(bags.features.to(weight.dtype))
+        h = self.attention.projected(bags.features.to(weight.dtype))
         return PoolingTerms(
             scores=self.attention(bags).scores,
             values=torch.diag_embed(functional.linear(h, weight)),

@@ -47,7 +47,7 @@ class CLAMSB(Aggregator):
     def pooling_terms(self, bags: Bags) -> PoolingTerms:
         """Return each tile's score and its class logits at weight 1."""
         weight, bias = self.classifier.weight, self.classifier.bias
-        h = self.attention.projection(bags.features.to(weight.dtype))
+        h = self.attention.projected(bags.features.to(weight.dtype))
         return PoolingTerms(
             scores=self.attention(bags).scores,
             values=functional.linear(h, weight)[:, None],

@@ -19,12 +19,15 @@ Gate = Literal["tanh", "relu"]
 
 
 class GatedAttention(nn.Module):
-    """The parameters of attention pooling, and the fused operations on them."""
+    """The parameters of attention pooling, and the fused operations on them.
+
+    Without `hidden` there is no projection: h is the tile.
+    """
 
     def __init__(
         self,
         features: int,
-        hidden: int,
+        hidden: int | None,
         width: int,
         branches: int = 1,
         *,
@@ -37,9 +40,12 @@ class GatedAttention(nn.Module):
         attention_bias: bool = True,
     ) -> None:
         super().__init__()
-        self.projection = Projection(
-            features, hidden, bias=projection_bias, activation=activation, dropout=dropout
-        )
+        self.projection: Projection | None = None
+        if hidden is not None:
+            self.projection = Projection(
+                features, hidden, bias=projection_bias, activation=activation, dropout=dropout
+            )
+        hidden = hidden or features
         self.v = nn.Linear(hidden, width, bias=attention_bias)
         self.u = nn.Linear(hidden, width, bias=attention_bias) if gated else None
         self.w = nn.Linear(width, branches, bias=attention_bias)
@@ -49,6 +55,8 @@ class GatedAttention(nn.Module):
     def forward(self, bags: Bags) -> PooledBags:
         """Return what the branches pool from every bag, in one pass over the features."""
         projection = self.projection
+        if projection is None:
+            return gated_attention_pool(bags.features, bags.cu_seqlens, **self._gates(bags))
         dropout = projection.dropout if self.training else 0.0
         return gated_attention_pool(
             bags.features,
@@ -59,6 +67,11 @@ class GatedAttention(nn.Module):
             **self._gates(bags),
         )
 
+    def projected(self, features: Tensor, seed: int = 0) -> Tensor:
+        """Return h (T, hidden) of features (T, D); `seed` keys the draws of dropout."""
+        h: Tensor = features if self.projection is None else self.projection(features, seed)
+        return h
+
     def scores(self, h: Tensor, bags: Bags) -> Tensor:
         """Return the attention's logits (T, K) of projected tiles (T, hidden)."""
         return gated_scores(h, **self._gates(bags))
@@ -67,7 +80,8 @@ class GatedAttention(nn.Module):
         weight_v, bias_v = affine(self.v)
         weight_u, bias_u = affine(self.u) if self.u is not None else (None, None)
         weight_w, bias_w = affine(self.w)
-        draws = self.training and (self.gate_dropout or self.projection.dropout)
+        dropout = 0.0 if self.projection is None else self.projection.dropout
+        draws = self.training and (self.gate_dropout or dropout)
         return {
             "weight_v": weight_v,
             "bias_v": bias_v,

@@ -56,7 +56,7 @@ class InstanceLoss(nn.Module):
             return None
         rows, is_there = chosen_tiles(scores.detach(), bags.cu_seqlens, self.k)
         tiles = bags.features[rows.flatten()]
-        h = attention.projection(tiles, draw_seed(bags, use=2))
+        h = attention.projected(tiles, draw_seed(bags, use=2))
         logits = self.classifier(h.to(accumulator(h.dtype)))
         logits = logits.view(*rows.shape, self.classes, 2)
         if scores.shape[1] == 1:

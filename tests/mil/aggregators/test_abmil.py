@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bagscope.errors import ConfigError
 from bagscope.mil.aggregators.registry import build_aggregator
 from bagscope.mil.bags import Bags
 from tests.kernels.packed import assert_close_to_float64, normal
@@ -45,6 +46,27 @@ def test_the_formula(gated: bool, gate: str, activation: str) -> None:
         assert_close_to_float64(found.logits[bag], layer(pooled, "classifier"))
         assert found.entropy is not None
         assert_close_to_float64(found.entropy[bag], -(weight * weight.log()).sum(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_without_a_projection_the_tiles_themselves_are_pooled(gated: bool) -> None:
+    torch.manual_seed(0)
+    options = {"projection": False, "attention": 4, "gated": gated, "attention_dropout": 0.25}
+    model = build_aggregator("abmil", 12, 3, options).eval()
+    assert not any("projection" in name for name in model.state_dict())
+    found = model(bags())
+    for bag in range(len(LENGTHS)):
+        one = bags().one(bag)
+        weight = model(one).scores.softmax(0)
+        assert_close_to_float64(found.embedding[bag], (weight * one.features).sum(0))
+    model.train()(bags()).logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_options_of_a_projection_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match="activation belongs to the projection"):
+        build_aggregator("abmil", 12, 3, {"projection": False, "activation": "gelu"})
+    build_aggregator("abmil", 12, 3, {"projection": False, "dropout": 0.0})
 
 
 def test_dropout_belongs_to_seed_and_step() -> None:
