@@ -24,5 +24,6 @@ ORIGINALS: dict[str, Original] = {
         layers={"embed.0": "projection", **_streams("0", "aggregate.")},
         # Of the model that it is part of; DSMIL has a classifier of its own.
         left_out=frozenset({"classifier.weight", "classifier.bias"}),
+        options={"activation": "gelu"},
     ),
 }

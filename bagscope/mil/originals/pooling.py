@@ -8,19 +8,24 @@ _ATTENTION = ("attention.projection", "attention.v", "attention.u", "attention.w
 _BRANCHED = tuple(f"branches.{name}" for name in _ATTENTION[:4])
 
 
-def _attention(projection: str, v: str, u: str | None, w: str, classifier: str) -> Original:
+def _attention(
+    projection: str, v: str, u: str | None, w: str, classifier: str, **options: str
+) -> Original:
     theirs = (projection, v, u, w, classifier)
     pairs = zip(theirs, _ATTENTION, strict=True)
-    return Original(aggregator="abmil", layers={name: ours for name, ours in pairs if name})
+    layers = {name: ours for name, ours in pairs if name}
+    return Original(aggregator="abmil", layers=layers, options=options)
 
 
 def _clam(aggregator: str, classifier: str) -> Original:
-    net = "attention_net.3.attention"
-    theirs = ("attention_net.0", f"{net}_a.0", f"{net}_b.0", f"{net}_c", classifier)
+    layers = {"attention_net.0": "attention.projection", classifier: "classifier"}
+    # Without dropout, earlier versions have one module less before the attention.
+    for net in ("attention_net.3.attention", "attention_net.2.attention"):
+        layers |= dict(zip((f"{net}_a.0", f"{net}_b.0", f"{net}_c"), _ATTENTION[1:4], strict=True))
     return Original(
         aggregator=aggregator,
         layers={
-            **dict(zip(theirs, _ATTENTION, strict=True)),
+            **layers,
             "instance_classifiers.*": "instance_loss.classifier",
         },
         left_out=frozenset({"instance_loss_fn.labels"}),
@@ -72,7 +77,15 @@ ORIGINALS: dict[str, Original] = {
         aggregator="mean",
         layers={"head.0": "network.projection", "head.3": "network.classifier"},
     ),
-    "mhim-abmil": _attention("feature.0", f"{_MHIM}.0", None, f"{_MHIM}.2", "predictor"),
+    "mhim-abmil": _attention(
+        "feature.0",
+        f"{_MHIM}.0",
+        None,
+        f"{_MHIM}.2",
+        "predictor",
+        activation="gelu",
+        gate="relu",
+    ),
     "millab-gated": _attention(
         "patch_embed.0",
         "global_attn.attention_a.0",
@@ -93,5 +106,7 @@ ORIGINALS: dict[str, Original] = {
     "mnist-tanh": _attention(
         "feature_extractor_part2.0", "attention.0", None, "attention.2", "classifier.0"
     ),
-    "packmil-abmil": _attention("feature.0", "attention.0", None, "attention.2", "classifier"),
+    "packmil-abmil": _attention(
+        "feature.0", "attention.0", None, "attention.2", "classifier", activation="gelu"
+    ),
 }
