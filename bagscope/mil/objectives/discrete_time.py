@@ -70,10 +70,14 @@ class DiscreteTimeCriterion(Criterion):
 
     def loss(self, logits: Tensor, labels: Tensor, present: Tensor) -> Tensor:
         """Return the loss (B,) of logits (B, bins)."""
-        inner = torch.tensor(self.edges[1:-1], dtype=labels.dtype, device=labels.device)
-        bins = torch.bucketize(labels[:, 0].contiguous(), inner, right=True)
         compute = discrete_time_nll if self.form == "nll" else discrete_time_ce
-        return compute(logits, bins, labels[:, 1].to(logits.dtype), alpha=self.alpha)
+        event = labels[:, 1].to(logits.dtype)
+        return compute(logits, self.bins_of(labels), event, alpha=self.alpha)
+
+    def bins_of(self, labels: Tensor) -> Tensor:
+        """Return the bin (B,) int64 of the time of each label (B, 2)."""
+        inner = torch.tensor(self.edges[1:-1], dtype=labels.dtype, device=labels.device)
+        return torch.bucketize(labels[:, 0].contiguous(), inner, right=True)
 
     def predict(self, logits: Array) -> Array:
         """Return (n, 1 + bins): risk, then the survival at the upper edge of each bin."""

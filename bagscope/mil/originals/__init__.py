@@ -8,7 +8,15 @@ from types import MappingProxyType
 from torch import Tensor
 
 from bagscope.errors import ConfigError
-from bagscope.mil.originals import dsmil, dtfd, hopfield, mambamil, pooling, set_transformer
+from bagscope.mil.originals import (
+    dsmil,
+    dtfd,
+    hopfield,
+    mambamil,
+    packmil,
+    pooling,
+    set_transformer,
+)
 from bagscope.mil.originals.mapping import Original
 from bagscope.specs import did_you_mean
 
@@ -18,6 +26,7 @@ ORIGINALS: Mapping[str, Original] = MappingProxyType(
     | dtfd.ORIGINALS
     | hopfield.ORIGINALS
     | mambamil.ORIGINALS
+    | packmil.ORIGINALS
     | set_transformer.ORIGINALS
 )
 

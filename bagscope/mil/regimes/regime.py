@@ -20,7 +20,7 @@ from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from bagscope.mil.objectives.fitted import Losses
+    from bagscope.mil.objectives.fitted import FittedObjective, Losses
     from bagscope.mil.recipe import TrainSpec
     from bagscope.mil.sources import BagSource
     from bagscope.mil.targets import TargetSpec
@@ -79,9 +79,16 @@ class Regime(Aggregator):
         """Return those of the aggregator inside."""
         return self.inner.pooling_terms(bags)
 
+    def begin(self, objective: FittedObjective) -> None:
+        """Hear of the objective, before the first step."""
+
     def losses(self, bags: Bags, judge: Judge) -> Losses:
         """Return what a batch costs in training."""
         return judge(self(bags), bags.targets or {}, bags.lengths)
+
+    def after_step(self) -> None:
+        """Let the aggregator inside follow a change of the weights."""
+        self.inner.after_step()
 
     def preparation(self, recipe: TrainSpec) -> Preparation | None:
         """Return the training that comes first; None where none is needed."""

@@ -16,6 +16,7 @@ from bagscope.specs import Spec, did_you_mean, parse_spec
 
 BUILT_IN: tuple[str, ...] = (
     "mixup",
+    "packmil",
     "pseudo_bags",
 )
 """A new regime is a file of this folder and its name in this line."""

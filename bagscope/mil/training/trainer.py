@@ -154,6 +154,8 @@ class Trainer:
         self.model = build_model(recipe, train.dimension, objective.outputs).to(self._device)
         _require_grid(self.model, recipe, train)
         self._forward: Callable[[Bags], BagOutput] = self.model
+        if isinstance(self.model, Regime):
+            self.model.begin(self.objective)
         if spec.compile and isinstance(self.model, Regime):
             self.model.inner.compile(dynamic=True)
         elif spec.compile:
