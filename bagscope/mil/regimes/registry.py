@@ -15,8 +15,8 @@ from bagscope.mil.targets import TargetSpec
 from bagscope.specs import Spec, did_you_mean, parse_spec
 
 BUILT_IN: tuple[str, ...] = (
+    "mhim",
     "mixup",
-    "packmil",
     "pseudo_bags",
 )
 """A new regime is a file of this folder and its name in this line."""
