@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from bagscope.arithmetic import avoid_broken_units
 from bagscope.errors import ConfigError, first_line
@@ -21,7 +21,7 @@ from bagscope.specs import Spec, did_you_mean, parse_spec
 
 BUILT_IN = (
     "abmil", "acmil", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield", "mambamil", "max",
-    "mean", "set_transformer",
+    "mean", "set_transformer", "vit",
 )  # fmt: skip
 """A new aggregator of ours is a file of this folder and its name in this line."""
 ENTRY_POINTS = "bagscope.aggregators"
@@ -45,6 +45,13 @@ class Aggregator(nn.Module):
 
     def pooling_terms(self, bags: Bags) -> PoolingTerms | None:
         """Return what the logits are a weighted sum of; None where they are no such sum."""
+        return None
+
+    def rollout(self, bags: Bags) -> Tensor | None:
+        """Return attention rollout (T,), which adds up to 1 over a bag; None where there is none.
+
+        Of models whose layers let tiles look at each other: see `rolling`.
+        """
         return None
 
     def after_step(self) -> None:

@@ -48,6 +48,18 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"layer_norm": True, "seeds": 3, "blocks": 1},
         {"attention": "full", "blocks": 1, "seed_blocks": 0, "dropout": 0.25},
     ),
+    "vit": (
+        {"pooling": "mean", "mixer": "neighbours", "radius": 2, "layers": 1},
+        {"pooling": "class", "mixer": "alibi", "mlp": 0, "layers": 1},
+        {"mixer": "agent", "agents": 4, "window": 5, "layers": 1},
+        {"mixer": "agent", "agents": 9, "layers": 1},
+        {"mixer": "linear", "layer_dropout": 0.25, "layers": 1},
+        {"mixer": "lightning", "layers": 1},
+        {"mixer": "lightning", "decay": True, "norm": "rmsnorm"},
+        {"mixer": "lightning", "reads": "forward", "layers": 1},
+        {"mixer": "flow", "layers": 1},
+        {"mixer": "inline", "local": True, "layers": 1},
+    ),
 }
 """Options beside the defaults, with a narrow projection, so that it is quick."""
 
@@ -56,10 +68,11 @@ DRAWS: dict[str, dict[str, Any]] = {
     "hopfield": {"heads": 4, "dropout": 0.5},
     "mambamil": {"hidden": 16, "dropout": 0.25},
     "set_transformer": {"hidden": 16, "dropout": 0.25},
+    "vit": {"hidden": 16, "dropout": 0.25},
 }
 """Options of those that draw nothing by default."""
 
-SLOW = {"dtfd", "hopfield", "mambamil", "set_transformer"}
+SLOW = {"dtfd", "hopfield", "mambamil", "set_transformer", "vit"}
 """Of these, only the defaults are checked every time."""
 
 

@@ -1,0 +1,60 @@
+"""Attention rollout in linear memory (Abnar & Zuidema 2020): where a prediction's weight came from.
+
+    R = p · Π_l (½ A_l + ½ I)            l from the last layer to the first
+
+p is how the pooling weighs the rows behind the last layer, A_l how rows of layer l weigh those
+before it (mean over heads, rows adding up to 1), and ½ I the residual stream. The matrices are
+never there: the row p is pulled back through one layer after the other, as wᵀA. That costs what the
+layer's own way back costs, and memory in proportion to the bag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor | None]
+"""Weights w (T,) of a layer's rows to wᵀA (T,); None where it can't be told in linear memory."""
+
+
+def rolled_back(weights: Tensor, products: Sequence[Product]) -> Tensor | None:
+    """Return the weights (T,) of the rows before the first layer; None where a product is.
+
+    Args:
+        weights: (T,) of the rows behind the last layer; they add up to 1 over each bag.
+        products: of the layers, the first layer's first.
+    """
+    for product in reversed(products):
+        pulled = product(weights)
+        if pulled is None:
+            return None
+        weights = (weights + pulled) / 2
+    return weights
+
+
+def pulled_through(
+    attend: Callable[[Tensor], Tensor], weights: Tensor, like: Tensor, *, adds_up: bool = True
+) -> Tensor:
+    """Return Σ_i w_i A_ij (T,), the mean over heads, of attention that is linear in its values.
+
+    That is the gradient of Σ_i w_i (A v)_i with respect to values v of width 1: as cheap as the
+    attention's own way back, without a matrix of all pairs.
+
+    Args:
+        attend: v (T, H, dv) to A v.
+        weights: (T,).
+        like: (T, H, d), for heads, dtype and device.
+        adds_up: whether the rows of A add up to 1; they are divided by their sums if not.
+    """
+    with torch.enable_grad():
+        values = like.new_zeros(*like.shape[:2], 1).requires_grad_()
+        out = attend(values)
+        share = weights.to(out.dtype)[:, None, None].expand_as(out) / like.shape[1]
+        if not adds_up:
+            with torch.no_grad():
+                sums = attend(torch.ones_like(values))
+                share = torch.where(sums > 0, share / sums, 0.0)
+        (found,) = torch.autograd.grad(out, values, share.contiguous())
+    return found.sum((1, 2)).to(weights.dtype)

@@ -1,0 +1,186 @@
+"""Rollout in linear memory is the product of dense matrices, of weights written down anew."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bagscope.mil.aggregators.registry import build_aggregator
+from bagscope.mil.aggregators.vit import ViT
+from bagscope.mil.bags import Bags
+from bagscope.mil.explain.rollout import tile_rollout
+from tests.kernels.packed import normal
+
+HEADS, LAYERS = 4, 2
+LENGTHS = (23, 1, 12, 3)
+KINDS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "alibi": {"alibi_um": 300.0},
+    "neighbours": {"radius": 1},
+    "agent": {"agents": 4},
+    "linear": {},
+    "lightning": {},
+    "flow": {},
+    "inline": {},
+}
+
+
+def model_of(mixer: str, **options: Any) -> ViT:
+    torch.manual_seed(0)
+    small = {"hidden": 16, "layers": LAYERS, "heads": HEADS, "mixer": mixer, "attention": 8}
+    model = build_aggregator("vit", 12, 2, {**small, **options})
+    assert isinstance(model, ViT)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.double().eval()
+
+
+def bags_of(lengths: tuple[int, ...] = LENGTHS) -> Bags:
+    features = [normal(n, 12, seed=n, dtype=torch.float64) for n in lengths]
+    grid = torch.cat([torch.stack([torch.arange(n) % 5, torch.arange(n) // 5], 1) for n in lengths])
+    plain = Bags.of(features)
+    return Bags(
+        features=plain.features,
+        cu_seqlens=plain.cu_seqlens,
+        bag_ids=plain.bag_ids,
+        grid=grid.int(),
+        coords_l0=grid.int() * 256,
+        slide_ids=plain.bag_ids,
+        tile_slide=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int(),
+        mpp_l0=torch.full((len(lengths),), 0.5, dtype=torch.float64),
+    )
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.reshape(len(x), HEADS, -1).transpose(0, 1)
+
+
+def dense(mixer: Any, name: str, x: Tensor, grid: Tensor, token: bool) -> Tensor:
+    """Return the weights (N, N) of one bag, rows adding up to 1, the mean over heads."""
+    if name in ("lightning", "flow"):
+        layers = (
+            (mixer.q_proj, mixer.k_proj)
+            if name == "lightning"
+            else (mixer.query_projection, mixer.key_projection)
+        )
+        q, k = (heads_first(layer(x)) for layer in layers)
+    else:
+        q, k = (heads_first(part) for part in mixer.qkv(x).chunk(3, 1)[:2])
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if name == "alibi":
+        apart = torch.cdist(grid.double() * 128, grid.double() * 128) / 300
+        if token:
+            apart = functional.pad(apart, (1, 0, 1, 0))
+        slopes = torch.tensor([2.0 ** (-2 * (h + 1)) for h in range(HEADS)])
+        scores = scores - slopes[:, None, None] * apart
+    if name == "neighbours":
+        steps = (grid[:, None] - grid[None]).abs().amax(-1)
+        scores = scores.masked_fill(steps > 1, -torch.inf)
+    if name in ("softmax", "alibi", "neighbours"):
+        weights = torch.softmax(scores, -1)
+    elif name == "linear":
+        weights = (functional.elu(q) + 1) @ (functional.elu(k) + 1).mT
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+    elif name == "agent":
+        groups = [part.mean(1) for part in torch.tensor_split(q, 4, 1) if part.shape[1]]
+        means, scale = torch.stack(groups, 1), q.shape[-1] ** -0.5
+        weights = torch.softmax(scale * q @ means.mT, -1) @ torch.softmax(scale * means @ k.mT, -1)
+    elif name == "lightning":
+        weights = (functional.silu(q) @ functional.silu(k).mT) ** 2
+        weights = weights / weights.sum(-1, keepdim=True)
+    elif name == "inline":
+        weights = ((scores + 1 - scores.mean(-1, keepdim=True)) / len(x)) ** 2
+        weights = weights / weights.sum(-1, keepdim=True)
+    else:
+        q, k, eps = torch.sigmoid(q), torch.sigmoid(k), 1e-6
+        incoming = ((q + eps) @ (k.sum(1)[..., None] + eps)).squeeze(-1)
+        sent = (k + eps) @ ((q / incoming[..., None]).sum(1)[..., None] + eps)
+        weights = (q @ k.mT) * torch.softmax(sent.squeeze(-1).clamp(-1, 1), -1)[:, None]
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.mean(0)
+
+
+def inputs_of(model: ViT, bags: Bags) -> list[Tensor]:
+    seen: list[Tensor] = []
+    hooks = [
+        block.mixer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        for block in model.blocks
+    ]
+    model(bags)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def dense_rollout(model: ViT, bags: Bags) -> Tensor:
+    """Return rollout of a single bag by matrices of all pairs."""
+    pooling, name = model.options.pooling, model.options.mixer
+    assert bags.grid is not None
+    product: Tensor | None = None
+    for block, x in zip(model.blocks, inputs_of(model, bags), strict=True):
+        weights = dense(block.mixer, name, x, bags.grid, pooling == "class")
+        layer = (weights + torch.eye(len(weights), dtype=weights.dtype)) / 2
+        product = layer if product is None else layer @ product
+    assert product is not None
+    if pooling == "class":
+        row = product[0, 1:]
+        return row / row.sum()
+    scores = model(bags).scores[:, 0] if pooling == "attention" else torch.zeros(len(product))
+    return torch.softmax(scores.double(), 0) @ product
+
+
+@pytest.mark.parametrize(
+    ("mixer", "pooling"),
+    [
+        *((name, "attention") for name in KINDS),
+        ("linear", "mean"),
+        ("softmax", "class"),
+        ("alibi", "class"),
+    ],
+)
+def test_it_is_the_dense_product(mixer: str, pooling: str) -> None:
+    model, bags = model_of(mixer, pooling=pooling, **KINDS[mixer]), bags_of()
+    found = tile_rollout(model, bags)
+    assert found is not None
+    for bag, (start, stop) in enumerate(pairwise(bags.cu_seqlens.tolist())):
+        with torch.no_grad():
+            wanted = dense_rollout(model, bags.one(bag))
+        np.testing.assert_allclose(found[start:stop], wanted, rtol=1e-9, atol=1e-12)
+        assert found[start:stop].sum() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "flow"])
+def test_bags_of_an_inference_are_taken_too(mixer: str) -> None:
+    model = model_of(mixer)
+    outside = tile_rollout(model, bags_of())
+    with torch.inference_mode():
+        inside = tile_rollout(model, bags_of())
+    assert outside is not None and inside is not None
+    assert np.array_equal(outside, inside)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{"decay": True}, {"reads": "forward"}])
+def test_what_can_not_be_told_in_linear_memory_is_not_told(options: dict[str, Any]) -> None:
+    assert tile_rollout(model_of("lightning", **options), bags_of()) is None
+
+
+def test_pooling_alone_has_no_rollout() -> None:
+    model = build_aggregator("abmil", 12, 2, {"hidden": 8})
+    assert tile_rollout(model, Bags.of([normal(5, 12)])) is None
+
+
+def test_tiles_that_see_themselves_alone_keep_their_weight() -> None:
+    bags, model = bags_of((12,)), model_of("neighbours", radius=0)
+    with torch.no_grad():
+        own = torch.softmax(model(bags).scores[:, 0], 0)
+    found = tile_rollout(model, bags)
+    assert found is not None
+    np.testing.assert_allclose(found, own, rtol=1e-9)
