@@ -6,16 +6,18 @@ Results are kept one file per training, so that an interrupted benchmark goes on
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bagscope.mil.aggregators.registry import aggregator_entry
 from bagscope.mil.cases import Case
 from bagscope.mil.inference import outputs
 from bagscope.mil.recipe import TrainSpec
@@ -24,16 +26,18 @@ from bagscope.mil.targets import TargetSpec
 from bagscope.mil.training.trainer import Trained, Trainer
 
 TARGET = TargetSpec(column="label", classes=("no", "yes"))
+TILE_UM = 128.0
 WORK = Path(tempfile.gettempdir()) / "bagscope-benchmarks"
 Bag = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labelled:
-    """Bags (n, D) with a label each."""
+    """Bags (n, D) with a label each, and (column, row) of their tiles where they have places."""
 
     bags: Sequence[Bag]
     labels: NDArray[np.int64]
+    grids: Sequence[NDArray[np.int32]] | None = None
 
     def source(self, places: NDArray[np.int64]) -> ArraySource:
         """Return some of the bags as a source, a patient each."""
@@ -47,7 +51,12 @@ class Labelled:
             )
             for name, place in zip(names, places, strict=True)
         ]
-        return ArraySource([self.bags[place] for place in places], cases)
+        return ArraySource(
+            [self.bags[place] for place in places],
+            cases,
+            grids=None if self.grids is None else [self.grids[place] for place in places],
+            tile_um=math.nan if self.grids is None else TILE_UM,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +128,13 @@ def kept(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def widths(name: str, hidden: int, attention: int) -> dict[str, Any]:
-    """Return the options that make a recipe's aggregator so wide."""
-    if name in ("mean", "max"):
-        return {"hidden": hidden}
-    gates = "attention_width" if name == "acmil" else "attention"
-    return {"hidden": hidden, gates: attention}
+    """Return the options that make an aggregator so wide, of those that it has."""
+    wanted = {"hidden": hidden, "attention": attention, "attention_width": attention}
+    fields = aggregator_entry(name).options.model_fields
+    # A word of the same name chooses a kind of attention.
+    numbers = {key for key, field in fields.items() if int in _kinds(field.annotation)}
+    return {key: width for key, width in wanted.items() if key in numbers}
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return (annotation, *get_args(annotation))

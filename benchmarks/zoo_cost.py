@@ -1,0 +1,151 @@
+"""What a training step of a recipe costs against the size of the bag: seconds, and memory above it.
+
+Every measurement is a process of its own: one bag of N tiles of 1,024 numbers, at the recipe's own
+widths, float32, all cores; the regime's losses too, forward and backward. A curve ends at the first
+size where a step passes `MOST_SECONDS` or `MOST_GIB`, and says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
+FEATURES = 1024
+MOST_SECONDS, MOST_GIB = 60.0, 16.0
+_BAGS = 4
+"""Of a regime that packs or mixes the bags of a step: N tiles in all."""
+
+
+def measured(recipe: str, tiles: int, work: Path) -> bool:
+    """Measure a step where it is not measured yet; return whether it kept within the bounds."""
+    path = cost_file(work, recipe, tiles)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_in_process(recipe, tiles)), encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    print(recipe, f"{tiles:,} tiles:", found, flush=True)
+    return "ended" not in found
+
+
+def cost_file(work: Path, recipe: str, tiles: int) -> Path:
+    """Return where a measurement is kept."""
+    return work / "cost" / f"{recipe}_{tiles}.json"
+
+
+def _in_process(recipe: str, tiles: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, recipe, str(tiles)]
+    try:
+        # A few steps, the imports and the making of the bag beside the step that is bounded.
+        run = subprocess.run(command, capture_output=True, text=True, timeout=5 * MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"ended": f"a step took more than {MOST_SECONDS:.0f} s"}
+    lines = run.stdout.strip().splitlines()
+    if run.returncode or not lines:
+        said = run.stderr.strip().splitlines()[-1:] or ["killed"]
+        if "MemoryError" in said[0] or "allocate" in said[0] or run.returncode < 0:
+            return {"ended": f"a step needed more than {MOST_GIB:.0f} GB"}
+        return {"ended": said[0][:200]}
+    found: dict[str, Any] = json.loads(lines[-1])
+    if found["seconds"] > MOST_SECONDS:
+        found["ended"] = f"a step took more than {MOST_SECONDS:.0f} s"
+    return found
+
+
+def step_cost(recipe_name: str, tiles: int) -> dict[str, float]:
+    """Return the seconds of a training step, and by how much it raised the memory, in MiB."""
+    import numpy as np
+    import torch
+
+    from bagscope.mil.bags import Bags
+    from bagscope.mil.objectives.objective import build_objective
+    from bagscope.mil.regimes.regime import Regime
+    from bagscope.mil.regimes.registry import build_model
+    from bagscope.mil.targets import TargetSpec
+    from bagscope.pipeline.recipes import load_recipe
+
+    recipe = load_recipe(recipe_name)
+    target = TargetSpec(column="label", classes=("no", "yes"))
+    objective = build_objective([target], recipe.objective).fit(
+        {target.name: np.array([[0.0], [1.0]])}
+    )
+    torch.manual_seed(0)
+    model = build_model(recipe, FEATURES, objective.outputs).train()
+    count = _BAGS if isinstance(model, Regime) and model.whole_steps else 1
+
+    def bags_of(total: int) -> Bags:
+        sizes = [total // count] * count
+        edges = [max(1, int(np.ceil(np.sqrt(size)))) for size in sizes]
+        grids = [
+            torch.tensor(np.stack(np.divmod(np.arange(size), edge)[::-1], 1), dtype=torch.int32)
+            for size, edge in zip(sizes, edges, strict=True)
+        ]
+        labels = torch.arange(count, dtype=torch.float64)[:, None] % 2
+        bags = Bags.of(
+            [torch.randn(size, FEATURES) for size in sizes],
+            grid=grids,
+            targets={target.name: labels},
+        )
+        return _with_places(bags)
+
+    def step(bags: Bags) -> None:
+        def judge(output: Any, targets: Any, lengths: Any = None) -> Any:
+            return objective(output, targets, progress=0.5, lengths=lengths)
+
+        if isinstance(model, Regime):
+            losses = model.losses(bags, judge)
+        else:
+            losses = judge(model(bags), bags.targets, bags.lengths)
+        losses.total.backward()
+        model.zero_grad(set_to_none=True)
+
+    step(bags_of(64 * count))  # libraries load, and threads start, before the bag is there
+    bags = bags_of(tiles)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    times = []
+    for _ in range(3):
+        began_s = time.perf_counter()
+        step(bags)
+        times.append(time.perf_counter() - began_s)
+        if sum(times) > MOST_SECONDS / 2:
+            break
+    return {"seconds": min(times), "mib": (_status_kib("VmHWM") - before) / 1024}
+
+
+def _with_places(bags: Any) -> Any:
+    """Return bags whose tiles also have coordinates in micrometres."""
+    from dataclasses import replace
+
+    import torch
+
+    slides = torch.repeat_interleave(torch.arange(len(bags)), bags.lengths.long())
+    return replace(
+        bags,
+        coords_l0=bags.grid * 256,
+        slide_ids=bags.bag_ids,
+        tile_slide=slides.int(),
+        tile_row=torch.arange(len(slides)).int(),
+        tile_um=torch.full((len(bags),), 128.0, dtype=torch.float64),
+        mpp_l0=torch.full((len(bags),), 0.5, dtype=torch.float64),
+    )
+
+
+def _status_kib(key: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split(f"{key}:")[1].split()[0])
+
+
+if __name__ == "__main__":
+    limit = int(MOST_GIB * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    print(json.dumps(step_cost(sys.argv[1], int(sys.argv[2]))))
