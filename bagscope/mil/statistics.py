@@ -24,7 +24,7 @@ _ROWS = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureStatistics:
-    """Of the training features, float64.
+    """Of the training features, float64; NaN where nobody here has seen them.
 
     Attributes:
         mean: (D,) over tiles.
@@ -37,6 +37,16 @@ class FeatureStatistics:
     std: NDArray[np.float64]
     bag_mean: NDArray[np.float64]
     bag_std: NDArray[np.float64]
+
+    @classmethod
+    def unknown(cls, width: int) -> FeatureStatistics:
+        """Return what is known of features of a width that were never seen: nothing."""
+        return cls(**{name: np.full(width, np.nan) for name in cls.__slots__})
+
+    @property
+    def is_known(self) -> bool:
+        """Return whether the training features were seen."""
+        return not bool(np.isnan(self.mean).any())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the numbers as tensors, by name."""

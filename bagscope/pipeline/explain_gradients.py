@@ -71,8 +71,10 @@ def gradients_of(
         model = member.model(device)
         bags = member_bags(member, source, (case,)).to(device)
         asked, _ = target_of(member, target, column)
-        # Where tiles are standardised, the mean of the training tiles is zero.
-        mean = np.zeros(member.features) if member.scale else member.statistics.mean
+        # Where tiles are standardised, the mean of the training tiles is zero; where it is not
+        # known, zero has to do.
+        known = member.scale is None and member.statistics.is_known
+        mean = member.statistics.mean if known else np.zeros(member.features)
         baseline = torch.from_numpy(mean).to(bags.features)
         integrated.append(integrated_gradients(model, bags, asked, baseline=baseline, steps=STEPS))
         times_input.append(gradient_times_input(model, bags, asked))

@@ -57,6 +57,7 @@ ORIGINALS: dict[str, Original] = {
             "bag_attention.layer_norm": "branches.together.norm_",
             **_HEADS,
         },
+        options={"heads": 8},
     ),
     "aem-abmil": _attention("dimreduction.fc1", *_GATES, "classifier.fc"),
     "clam-mb": _clam("clam_mb", "classifiers.*"),

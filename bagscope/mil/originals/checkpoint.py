@@ -1,0 +1,104 @@
+"""A checkpoint of somebody's training as a plain state dict, read without running any of its code.
+
+safetensors hold no code; everything else is unpickled with `weights_only=True`, which refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bagscope.errors import ConfigError, first_line
+
+_USUAL = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
+"""What training scripts call the state dict among other things that they keep."""
+_DEEPEST = 4
+_SIGNS_OF_CODE = ("Unsupported global", "Unsupported class", "TorchScript", "unrecognized function")
+
+
+def read_checkpoint(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint under their names; floating ones become float32.
+
+    Args:
+        path: of safetensors, or of what `torch.save` wrote.
+        key: where in it the state dict lies, as `model` or `teacher.state_dict`; found if None.
+
+    Raises:
+        ConfigError: missing, damaged, code, no state dict in it, or several.
+    """
+    found = dict(_state_dicts(_content(path)))
+    if not found:
+        raise ConfigError(
+            f"{path}: holds no state dict, which is tensors by name; save one with "
+            "torch.save(model.state_dict(), FILE) and convert that"
+        )
+    usual = [name for name in found if name.rpartition(".")[2] in _USUAL]
+    chosen = [key] if key is not None else list(found) if len(found) == 1 else usual
+    if len(chosen) != 1 or chosen[0] not in found:
+        asked = "" if key is None else f"no state dict {key!r}; "
+        raise ConfigError(
+            f"{path}: {asked}there are {', '.join(found)}; name one of them with --key"
+        )
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in found[chosen[0]].items()
+    }
+
+
+def without(tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors whose names match none of the patterns (`*` and `?` as in file names).
+
+    Raises:
+        ConfigError: a pattern that matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in tensors):
+            raise ConfigError(
+                f"--ignore {pattern!r}: no tensor has such a name (the first is "
+                f"{next(iter(tensors))})"
+            )
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def _content(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; name a checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is raised depends on where the bytes stop making sense
+        if any(sign in str(error) for sign in _SIGNS_OF_CODE):
+            raise ConfigError(
+                f"{path}: holds Python objects beside tensors, and code is not run; where it was "
+                "trained, save its weights alone with torch.save(model.state_dict(), FILE), or as "
+                "safetensors"
+            ) from error
+        raise ConfigError(
+            f"{path}: can't be read as weights ({first_line(error) or type(error).__name__}); copy "
+            "or download it again"
+        ) from error
+
+
+def _state_dicts(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield every dictionary of tensors alone, with the keys that lead to it."""
+    if not isinstance(content, dict) or depth > _DEEPEST:
+        return
+    if content and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        yield name, content
+        return
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from _state_dicts(value, f"{name}.{key}" if name else key, depth + 1)
