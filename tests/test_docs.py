@@ -32,9 +32,8 @@ from tests.pipeline.made_runs import Says, made_cohort, made_run
 
 __all__ = ["bagscope", "slides", "slides_once"]
 
-COMMAND = get_command(app)
-VERBS = {command.callback.__name__ for command in app.registered_commands if command.callback}
-VERBS |= {str(group.name) for group in app.registered_groups}
+COMMAND: Any = get_command(app)
+VERBS = set(COMMAND.commands)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -69,7 +68,7 @@ def test_options_that_pages_name_exist(page: Path) -> None:
 
 def options_of(arguments: list[str]) -> set[str]:
     """Return the options of the verb that a command names."""
-    command: Any = COMMAND
+    command = COMMAND
     for word in arguments:
         if not hasattr(command, "commands"):
             break

@@ -24,7 +24,7 @@ HEAVY = ("torch", "scipy", "cv2", "pandas", "numpy", "h5py")
 VERBS = (
     "init", "scan", "tile", "extract", "encoders", "convert", "verify", "run", "demo", "doctor",
     "splits", "train", "tune", "evaluate", "compare", "predict", "heatmap",
-    "explain", "review", "view",
+    "explain", "review", "view", "convert-weights",
 )  # fmt: skip
 
 

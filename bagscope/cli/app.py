@@ -14,6 +14,7 @@ import typer
 from bagscope import __version__
 from bagscope.cli.compare import compare
 from bagscope.cli.convert import convert
+from bagscope.cli.convert_weights import convert_weights
 from bagscope.cli.demo import demo
 from bagscope.cli.doctor import doctor
 from bagscope.cli.encoders import encoders
@@ -74,6 +75,7 @@ for verb in (
     explain,
     view,
     convert,
+    convert_weights,
     verify,
     run,
     demo,
