@@ -13,6 +13,7 @@ from bagscope.errors import ConfigError
 from bagscope.pipeline.explain_options import CONTROLS, METHODS, SHARES, ExplainOptions
 
 if TYPE_CHECKING:
+    from bagscope.cohort.jobs import RunReport
     from bagscope.pipeline.explain import PlannedExplanations
     from bagscope.pipeline.explain_options import Method
     from bagscope.pipeline.explain_summary import Summary
@@ -151,8 +152,8 @@ def explain(
     if not report.interrupted:
         from bagscope.pipeline.explain_summary import summarise
 
-        _print_summary(summarise(planned), planned, as_json=as_json)
-    raise typer.Exit(report.exit_code)
+        _print_summary(summarise(planned), planned, report, as_json=as_json)
+    raise typer.Exit(report.exit_code or int(bool(planned.damaged)))
 
 
 def _methods(text: str) -> tuple[Method, ...]:
@@ -181,10 +182,13 @@ def _print_plan(planned: PlannedExplanations, *, as_json: bool) -> None:
         if first.is_out_of_fold
         else "by the model that predicted them"
     )
-    typer.echo(f"{len(planned.tasks)} cases, {planned.target}, {whose}")
+    cases = "1 case" if len(planned.tasks) == 1 else f"{len(planned.tasks)} cases"
+    typer.echo(f"{cases}, {planned.target}, {whose}")
 
 
-def _print_summary(summary: Summary | None, planned: PlannedExplanations, *, as_json: bool) -> None:
+def _print_summary(
+    summary: Summary | None, planned: PlannedExplanations, report: RunReport, *, as_json: bool
+) -> None:
     if as_json:
         if summary is not None:
             said = list(summary.sentences)
@@ -193,4 +197,5 @@ def _print_summary(summary: Summary | None, planned: PlannedExplanations, *, as_
         return
     for sentence in () if summary is None else summary.sentences:
         typer.echo(f"  {sentence}")
-    typer.echo(f"explanations: {planned.folder}")
+    if len(report.failures) < report.total:
+        typer.echo(f"explanations: {planned.folder}")

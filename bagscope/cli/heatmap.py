@@ -66,7 +66,10 @@ def heatmap(
     limits: Annotated[
         tuple[float, float] | None,
         typer.Option(
-            "--range", help="of the colours; holds all slides if not set", show_default=False
+            "--range",
+            metavar="LOW HIGH",
+            help="ends of the colours, as 0.5 4; they hold all slides if not set",
+            show_default=False,
         ),
     ] = None,
     top: Annotated[
@@ -198,7 +201,7 @@ def heatmap(
     console.print_report(report, as_json=as_json)
     if not as_json:
         typer.echo(f"heatmaps: {planned.folder / '*' / planned.drawn}")
-        for line in _doubts(planned):
+        for line in _doubts(planned, len(planned.tasks) - len(report.failures)):
             typer.echo(line)
     raise typer.Exit(report.exit_code)
 
@@ -241,14 +244,14 @@ def _numbers(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def _doubts(planned: PlannedHeatmaps) -> list[str]:
-    """Return which heatmaps are not to be believed, in lines."""
+def _doubts(planned: PlannedHeatmaps, drawn: int) -> list[str]:
+    """Return which of the heatmaps drawn are not to be believed, in lines."""
     doubted = planned.doubted
     if not doubted:
         return []
     more = len(doubted) - _MOST_NAMED
     names = ", ".join(doubted[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-    what = f"{len(doubted)} of {len(planned.tasks)} heatmaps are not to be believed"
+    what = f"{len(doubted)} of {drawn} heatmaps are not to be believed"
     return [f"warning: {what} (each says why): {names}"]
 
 

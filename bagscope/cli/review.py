@@ -90,7 +90,7 @@ def review(
     result = make_review(planned, request, console.reporter(as_json=as_json))
     console.print_report(result.report, as_json=as_json)
     _print_result(result, planned, as_json=as_json)
-    raise typer.Exit(result.exit_code)
+    raise typer.Exit(result.exit_code or int(bool(planned.run.damaged)))
 
 
 def _print_import(merged: Merged, planned: PlannedReview, *, as_json: bool) -> None:

@@ -130,6 +130,8 @@ class PlannedExplanations:
         truth: the label of each case, empty where not known.
         classes: of the target; empty of a number or a risk.
         notes: sentences that the user should see.
+        damaged: what is wrong with score files that can't be read, by slide; their cases are not
+            among those to be explained.
     """
 
     folder: Path
@@ -144,6 +146,7 @@ class PlannedExplanations:
     patients: Mapping[str, str]
     truth: Mapping[str, str]
     notes: tuple[str, ...]
+    damaged: Mapping[str, str]
 
 
 def plan_explanations(request: ExplainRequest) -> PlannedExplanations:
@@ -213,6 +216,7 @@ def plan_explanations(request: ExplainRequest) -> PlannedExplanations:
         patients={case: rows[case]["patient_id"] if case in rows else case for case in cases},
         truth={case: rows[case].get(target, "") if case in rows else "" for case in cases},
         notes=notes,
+        damaged=damaged,
     )
 
 

@@ -276,11 +276,13 @@ def _annotations(request: ReviewRequest, run: ReviewedRun) -> Mapping[str, Path]
 
 
 def _notes(run: ReviewedRun) -> tuple[str, ...]:
+    damaged = tuple(f"No heatmap: {said}" for said in run.damaged.values())
     if not run.unpredicted:
-        return ()
+        return damaged
     from bagscope.mil.cases import listed
 
     return (
+        *damaged,
         f"Not shown for want of a prediction: {len(run.unpredicted)} of the cohort's slides "
         f"({listed(run.unpredicted)}).",
     )

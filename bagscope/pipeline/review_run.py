@@ -64,6 +64,7 @@ class ReviewedRun:
         task: of its only target, None where that can't be known.
         slides: in the cohort's order.
         unpredicted: slides of the cohort that the model says nothing of.
+        damaged: what is wrong with score files that can't be read, by slide.
         targets: of the model.
         cases: what the model says, by case.
         colours: of each layer, the same on all slides; the usual layer first.
@@ -76,6 +77,7 @@ class ReviewedRun:
     task: str | None
     slides: tuple[ReviewedSlide, ...]
     unpredicted: tuple[str, ...]
+    damaged: Mapping[str, str]
     targets: tuple[TargetFacts, ...]
     cases: Mapping[str, CaseFacts]
     colours: Mapping[LayerKind, ColourScale]
@@ -93,7 +95,7 @@ def open_run(place: Path, workers: int | None = None) -> ReviewedRun:
     from bagscope.heatmaps.layers import layer_colours
 
     study, name = study_of(place, workers)
-    files, _ = score_files(place)
+    files, damaged = score_files(place)
     task = task_of(place, study)
     targets, cases = _answers(place, study)
     colours = layer_colours(files, task)
@@ -104,7 +106,8 @@ def open_run(place: Path, workers: int | None = None) -> ReviewedRun:
         study=study,
         task=task,
         slides=slides,
-        unpredicted=unpredicted,
+        unpredicted=tuple(slide_id for slide_id in unpredicted if slide_id not in damaged),
+        damaged=damaged,
         targets=targets,
         cases=cases,
         colours=colours,

@@ -67,3 +67,14 @@ def test_wrong_usage_is_one_sentence(bagscope: Command, tmp_path: Path) -> None:
     assert ran.code == 2
     assert ran.err.endswith("name a run that has come to its end, or a prediction")
     assert bagscope("explain", tmp_path, "--shares", "1;2").code == 2
+
+
+def test_a_damaged_score_file_is_told_and_the_others_are_explained(
+    bagscope: Command, tmp_path: Path
+) -> None:
+    run = explainable_run(tmp_path / "study", {"a": 7, "b": 9})
+    (run / "scores" / "b.h5").write_bytes(b"no score file")
+    ran = bagscope("explain", run, "--methods", "necessity", "--controls", 1, "--workers", 1)
+    assert ran.code == 1
+    assert "1 case, label" in ran.out and "1 done" in ran.out
+    assert "b.h5" in ran.out

@@ -158,3 +158,15 @@ def test_shards_make_one_review_and_verdicts_are_checked(bagscope: Command, tmp_
     assert [one["reviewer"] for one in rows[0]["verdicts"]] == ["Ann", "Bo"]
     assert not (folder / "slides" / "c").exists()
     assert artifacts.folder_faults(folder) == []
+
+
+def test_a_damaged_score_file_is_told_and_all_slides_are_shown(
+    bagscope: Command, tmp_path: Path
+) -> None:
+    run = reviewed_run(tmp_path)
+    (run / "scores" / "b.h5").write_bytes(b"no score file")
+    ran = bagscope("review", run, "--workers", 1, "--max-px", 256)
+    assert ran.code == 1
+    assert "No heatmap: " in ran.out and "b.h5" in ran.out
+    rows = told(tmp_path / "review" / "abmil" / "data" / "cohort.js", "cohort")["slides"]
+    assert [row["slide"] for row in rows] == ["a", "b", "c"], "what was predicted is shown"
