@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ScaleName = Literal["ratio", "logit", "percentile", "probability", "contribution"]
+ScaleName = Literal["ratio", "logit", "percentile", "probability", "contribution", "rollout"]
+RATIOS: tuple[ScaleName, ...] = ("ratio", "rollout")
+"""Those of which 1 is what each tile would have if all had the same."""
 Shows = Literal["score", "disagreement"]
 """The mean over the members, or how far they are apart."""
 FORMATS = (

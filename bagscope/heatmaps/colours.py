@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from bagscope.heatmaps.choices import ScaleName, Shows
+from bagscope.heatmaps.choices import RATIOS, ScaleName, Shows
 from bagscope.heatmaps.scores import MEANINGS
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def shared_scale(
             shows=shows,
         )
     signed = scale == "contribution" or (scale == "logit" and kind != "log_weight")
-    logarithmic = scale == "ratio"
+    logarithmic = scale in RATIOS
     if limits is None:
         limits = _limits(scale, signed, list(ranges))
     return ColourScale(
@@ -178,7 +178,7 @@ def _limits(
         return 0.0, 1.0
     low = min((one[0] for one in ranges), default=0.0)
     high = max((one[1] for one in ranges), default=1.0)
-    if scale == "ratio":
+    if scale in RATIOS:
         tiny = np.finfo(np.float64).tiny
         widest = max(abs(math.log2(max(low, tiny))), abs(math.log2(max(high, tiny))))
         # Beyond a factor of 1024 a weight is as good as none, or as good as all.
@@ -206,6 +206,8 @@ _EXPLAINED: dict[ScaleName, str] = {
     "percentile": "90: nine tenths of this slide's own tiles score lower. Says nothing of other "
     "slides.",
     "probability": "What the model would say of a slide that were this tile alone.",
+    "rollout": "1× is what each tile would have if all had the same; counts the way through all "
+    "layers, back from the tiles that the last one looked at.",
     "contribution": "What the tile adds to the class's logit: red speaks for the class, blue "
     "against it; all tiles and a constant add up to the logit.",
 }

@@ -86,7 +86,7 @@ def locate(slide: Slide, places: TilePlaces) -> Locator:
 def score_text(value: float, scale: str) -> str:
     """Return a score as it stands under a tile."""
     number = f"{value:.2f}" if scale == "probability" else f"{value:.3g}"
-    unit = {"ratio": "×", "percentile": " %"}.get(scale, "")
+    unit = {"ratio": "×", "rollout": "×", "percentile": " %"}.get(scale, "")
     return f"{number}{unit}".replace("-", "−")
 
 

@@ -32,6 +32,7 @@ LEVELS: Mapping[ScaleName, tuple[float, ...]] = {
     "ratio": (2.0, 4.0),
     "percentile": (90.0, 99.0),
     "probability": (0.5, 0.9),
+    "rollout": (2.0, 4.0),
     "contribution": (),
     "logit": (),
 }

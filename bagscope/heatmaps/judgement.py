@@ -40,13 +40,14 @@ def judgement_of(file: ScoreFile, scale: ScaleName, column: str) -> Judgement:
 
     Args:
         file: of the slide.
-        scale: that is shown; all but contributions tell tiles apart as the usual one does.
+        scale: that is shown; all but contributions and rollout tell tiles apart as the usual one
+            does.
         column: whose numbers are shown; empty where they are the same for all classes.
     """
     told = file.faithfulness
     if told is None:
         return _unknown("its scores are of an older bagscope; predict anew")
-    basis = "contributions" if scale == "contribution" else "scores"
+    basis = {"contribution": "contributions", "rollout": "rollout"}.get(scale, "scores")
     for entry in told["judged"]:
         if (entry["basis"], entry["column"]) == (basis, column):
             return _of(entry)

@@ -2,6 +2,7 @@
 
 usual         the scores on the scale that is usual for their kind, of each class there is one of
 contribution  what tiles add to each class's logit
+rollout       where the weight came from through all layers, of models with layers of attention
 disagreement  how far the members are apart on the usual scale: their standard deviation there
 """
 
@@ -42,6 +43,10 @@ class LayerKind:
         """Return a name that no other layer of the run has: "ratio", "disagreement-ratio-tumor"."""
         parts = [*([self.shows] if self.shows == "disagreement" else []), self.scale]
         return "-".join([*parts, *([self.column.name] if self.column.name else [])])
+
+
+ROLLOUT = LayerKind(scale="rollout", shows="score", column=Column(name="", index=0))
+"""The same for all classes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +103,8 @@ def layer_kinds(file: ScoreFile, task: str | None) -> tuple[LayerKind, ...]:
             LayerKind(scale="contribution", shows="score", column=column)
             for column in contribution_columns(file)
         ]
+    if file.rollout is not None:
+        kinds.append(ROLLOUT)
     if has_disagreement(file):
         kinds += [LayerKind(scale=usual, shows="disagreement", column=one) for one in columns]
     return tuple(kinds)
@@ -131,6 +138,8 @@ def layer_values(
     """
     if kind.scale == "contribution":
         return _contributions(file, kind)
+    if kind.scale == "rollout":
+        return _rollout(file)
     if kind.shows == "score":
         bag = bag_scores(file, beside)
         return _on_scale(file, file.scores, kind, bag, task)
@@ -221,6 +230,20 @@ def _contributions(file: ScoreFile, kind: LayerKind) -> Array:
     index = kind.column.index
     assert index is not None, "every logit has a column of its own"
     return file.contributions[:, index].astype(np.float64)
+
+
+def _rollout(file: ScoreFile) -> Array:
+    if file.rollout is None:
+        raise ArtifactError(
+            f"{file.slide_id}: has no rollout; its model has no layers of attention to be rolled "
+            "out, or its scores are of an older bagscope (predict anew)"
+        )
+    if not np.isfinite(file.rollout).all():
+        raise ArtifactError(
+            f"{file.slide_id}: has a rollout that is no finite numbers; ask the model again with "
+            "--overwrite"
+        )
+    return file.rollout.astype(np.float64)
 
 
 def _on_scale(

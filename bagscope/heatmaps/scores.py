@@ -8,6 +8,7 @@ K columns of scores, C classes; a_i the weight of tile i, which add up to 1 over
     percentile    the share of the slide's tiles below a tile, in percent; ties share their middle
     probability   of a class for a tile alone
     contribution  what a tile adds to a class's logit: Σ_k a_ik v_ikc; negative speaks against it
+    rollout       N · r_i: like the ratio, of the weight that came from the tile through all layers
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ MEANINGS: dict[ScaleName, str] = {
     "percentile": "Percentile within the slide",
     "probability": "Probability, each tile alone",
     "contribution": "Contribution to the logit",
+    "rollout": "Attention through all layers relative to uniform",
 }
 
 
@@ -49,7 +51,7 @@ class Column:
 
 
 def scales_for(
-    kind: ScoreKind, task: str | None, *, contributions: bool = False
+    kind: ScoreKind, task: str | None, *, contributions: bool = False, rollout: bool = False
 ) -> tuple[ScaleName, ...]:
     """Return the scales that scores of a kind can be shown on, the usual one first.
 
@@ -57,8 +59,10 @@ def scales_for(
         kind: what a score is.
         task: of the model's target; None where it is not known or there are several.
         contributions: whether it is known what tiles add to the logits.
+        rollout: whether it is known where the weight came from through all layers.
     """
     added: tuple[ScaleName, ...] = ("contribution",) if contributions else ()
+    added += ("rollout",) if rollout else ()
     if kind == "log_weight":
         return ("ratio", "logit", "percentile", *added)
     if kind == "instance_logit" and task in ("classes", "multilabel"):
@@ -67,14 +71,19 @@ def scales_for(
 
 
 def require_scale(
-    scale: ScaleName | None, kind: ScoreKind, task: str | None, *, contributions: bool = False
+    scale: ScaleName | None,
+    kind: ScoreKind,
+    task: str | None,
+    *,
+    contributions: bool = False,
+    rollout: bool = False,
 ) -> ScaleName:
     """Return the scale to show, the usual one if None.
 
     Raises:
         ConfigError: scores of this kind can't be shown on it; says why and on which they can.
     """
-    possible = scales_for(kind, task, contributions=contributions)
+    possible = scales_for(kind, task, contributions=contributions, rollout=rollout)
     if scale is None or scale in possible:
         return scale or possible[0]
     why = {
@@ -82,6 +91,8 @@ def require_scale(
         "probability": "does not score each tile as one of several classes",
         "contribution": "states no contributions in its score files: its logits are no sum over "
         "tiles, or the scores are of an older bagscope (predict anew)",
+        "rollout": "states no rollout in its score files: it has no layers of attention to roll "
+        "out, or the scores are of an older bagscope (predict anew)",
     }[scale]
     raise ConfigError(
         f"--scale {scale}: the model {why} (its scores are of kind {kind}); choose one of "

@@ -24,6 +24,7 @@ from bagscope.mil.explain.contributions import contributions, whole_terms
 from bagscope.mil.explain.members import joint_pool, joint_threshold, tiles_at_a_time
 from bagscope.mil.explain.pools import AttentionPool, PackedPool, Pool, attention_terms
 from bagscope.mil.explain.question import member_question
+from bagscope.mil.explain.rollout import mean_ratios, tile_rollout
 from bagscope.mil.inference import outputs
 from bagscope.mil.member import Member
 from bagscope.mil.objectives.fitted import FittedObjective
@@ -50,6 +51,8 @@ class Answer:
             None where a member's logits are no sum over tiles.
         contribution_bias: (C,) the mean of the logits less all that tiles add.
         pool: of the tiles, to be asked about the members' only target; None of several targets.
+        rollout: (n,) float32, the mean over the members of n times where the weight came from
+            through all layers; None where a member has none.
     """
 
     logits: Array
@@ -62,6 +65,7 @@ class Answer:
     contributions: NDArray[np.float32] | None
     contribution_bias: Array | None
     pool: Pool | None
+    rollout: NDArray[np.float32] | None
 
 
 class Panel:
@@ -85,7 +89,7 @@ class Panel:
             )
         moments = moments_of(bag.features)
         kept = _Kept(bag)
-        found, asked = [], []
+        found, asked, rolled = [], [], []
         for member, model in zip(self.members, self._models, strict=True):
             recipe = member.recipe
             ((bags, output),) = outputs(
@@ -98,6 +102,7 @@ class Panel:
             )
             found.append(output)
             asked.append(self._explained(member, model, bags))
+            rolled.append(tile_rollout(model, bags))
         kinds = sorted({output.score_kind for output in found})
         if len(kinds) > 1:
             raise ArtifactError(
@@ -130,6 +135,7 @@ class Panel:
             contributions=np.mean(added, axis=0).astype(np.float32) if sums else None,
             contribution_bias=np.mean(biases, axis=0) if sums else None,
             pool=joint_pool(pools) if pools else None,
+            rollout=mean_ratios(rolled),
         )
 
     def _explained(self, member: Member, model: Aggregator, bags: Bags) -> _Explained:

@@ -37,6 +37,7 @@ SCHEMA_VERSION = 2
 _ARRAYS = (
     "scores", "coords", "grid", "logits", "embedding", "ood_distance",
     "member_scores", "contributions", "contribution_bias",
+    "rollout",
 )  # fmt: skip
 _FAITHFULNESS = "faithfulness"
 
@@ -66,6 +67,9 @@ class ScoreFile:
         contribution_bias: (C,) float64; with the contributions of all of the case's tiles it adds
             up to the mean of the members' logits.
         contribution_names: (C,) what each logit is of: a class, or a target.
+        rollout: (n,) float32, where the weight came from through all layers (see
+            `explain.rollout`), times the tiles of the bag: their mean over the bag is 1; None where
+            a member has none.
         faithfulness: whether heatmaps of the case can be believed (see docs/formats.md).
     """
 
@@ -86,6 +90,7 @@ class ScoreFile:
     contributions: NDArray[np.float32] | None = None
     contribution_bias: NDArray[np.float64] | None = None
     contribution_names: tuple[str, ...] = ()
+    rollout: NDArray[np.float32] | None = None
     faithfulness: Mapping[str, Json] | None = None
 
 
@@ -189,6 +194,7 @@ def _file_of(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, Any
         "member_scores": (len(members), *arrays["scores"].shape),
         "contributions": (len(arrays["scores"]), len(added_names)),
         "contribution_bias": (len(added_names),),
+        "rollout": arrays["scores"].shape[:1],
     }
     fit = all(arrays[name] is None or arrays[name].shape == shapes[name] for name in shapes)
     if arrays["scores"].shape[1] != len(names) or lengths != {len(members)} or not fit:
@@ -212,5 +218,6 @@ def _file_of(path: Path, attributes: Mapping[str, Any], arrays: Mapping[str, Any
         contributions=arrays["contributions"],
         contribution_bias=arrays["contribution_bias"],
         contribution_names=added_names,
+        rollout=arrays["rollout"],
         faithfulness=None if judged is None else json.loads(bytes(judged)),
     )

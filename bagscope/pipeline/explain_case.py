@@ -20,7 +20,7 @@ from bagscope.mil.cases import Case
 from bagscope.mil.explain.annotations import INSIDE
 from bagscope.mil.explain.effects import Subject
 from bagscope.mil.explain.faithfulness import Agreement, agreement, order_of
-from bagscope.mil.explain.members import member_scores, member_subject
+from bagscope.mil.explain.members import member_rollout, member_scores, member_subject
 from bagscope.mil.explain.pools import AttentionPool, Rows
 from bagscope.mil.explain.question import Array
 from bagscope.mil.member import Member, load_member
@@ -133,6 +133,14 @@ def explain_case(
         )
         parts.per_tile["integrated_gradients"] = gradients.integrated
         parts.per_tile["gradient_times_input"] = gradients.times_input
+    if "rollout" in task.options.wanted:
+        rolled = member_rollout(members, source, 0, device=task.device)
+        if rolled is not None:
+            parts.per_tile["rollout"] = rolled.astype(np.float64)
+        elif task.options.methods is not None:
+            parts.left_out.append(
+                "rollout: this model has no layers of attention, or none that can be rolled out."
+            )
     if task.donor is not None and donor is None:
         parts.left_out.append("transplant: the slide is the donor itself.")
     return Explained(

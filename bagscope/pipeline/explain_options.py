@@ -10,8 +10,8 @@ from bagscope.errors import ConfigError
 from bagscope.specs import did_you_mean
 
 Method = Literal[
-    "necessity", "sufficiency", "dose", "search", "leave-one-out", "gradients", "faithfulness",
-    "agreement",
+    "necessity", "sufficiency", "dose", "search", "leave-one-out", "gradients", "rollout",
+    "faithfulness", "agreement",
 ]  # fmt: skip
 METHODS: tuple[Method, ...] = get_args(Method)
 SHARES = (0.01, 0.05, 0.1, 0.2)

@@ -20,6 +20,7 @@ from bagscope.heatmaps.choices import (
     DEFAULT_FORMATS,
     FORMATS,
     MAX_TILES,
+    RATIOS,
     GalleryOptions,
     ScaleName,
     Shows,
@@ -153,7 +154,11 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
     first = next(iter(files.values()))
     task = task_of(request.place, study)
     scale = require_scale(
-        request.scale, first.score_kind, task, contributions=first.contributions is not None
+        request.scale,
+        first.score_kind,
+        task,
+        contributions=first.contributions is not None,
+        rollout=first.rollout is not None,
     )
     _require_several_members(request, scale, files)
     captions = read_captions(request.place / "predictions.csv")
@@ -301,6 +306,8 @@ def score_files(place: Path) -> tuple[dict[str, ScoreFile], dict[str, str]]:
 
 def _names(file: ScoreFile, scale: ScaleName) -> tuple[str, ...]:
     """Return what the columns are of that a scale is made of."""
+    if scale == "rollout":
+        return ("0",)
     return file.contribution_names if scale == "contribution" else file.score_names
 
 
@@ -311,9 +318,9 @@ def _require_several_members(
 
     if request.shows == "score":
         return
-    if scale == "contribution":
+    if scale in ("contribution", "rollout"):
         raise ConfigError(
-            "--show disagreement: of contributions the score files hold the members' mean alone; "
+            f"--show disagreement: of {scale} the score files hold the members' mean alone; "
             "choose another --scale"
         )
     if not any(has_disagreement(file) for file in files.values()):
@@ -360,7 +367,7 @@ def _colours(
     limits, shows = request.limits, request.shows
     if limits is not None and not limits[0] < limits[1]:
         raise ConfigError(f"--range {limits[0]:g} {limits[1]:g}: the second must be the larger")
-    is_ratio = scale == "ratio" and shows == "score"
+    is_ratio = scale in RATIOS and shows == "score"
     if limits is not None and is_ratio and limits[0] <= 0:
         raise ConfigError(f"--range {limits[0]:g} …: a ratio is above 0; start above it")
     ranges, notes = [], []

@@ -23,6 +23,7 @@ from bagscope.heatmaps.gallery import GalleryPart, open_as_tiled, write_gallery
 from bagscope.heatmaps.geojson import write_geojson
 from bagscope.heatmaps.judgement import Judgement, agreement_text, judgement_of
 from bagscope.heatmaps.layers import (
+    ROLLOUT,
     LayerKind,
     contribution_columns,
     has_disagreement,
@@ -243,6 +244,8 @@ def _measured(task: HeatmapTask, file: ScoreFile) -> Measured:
             LayerKind(scale="contribution", shows="score", column=column)
             for column in contribution_columns(file)
         ]
+    if file.rollout is not None:
+        kinds.append(ROLLOUT)
     if _kind(task) not in kinds:  # asked of a file that has no such numbers: it says why
         layer_values(file, _kind(task), others, task.task)
     return {_measurement(kind, file): layer_values(file, kind, others, task.task) for kind in kinds}
@@ -250,7 +253,7 @@ def _measured(task: HeatmapTask, file: ScoreFile) -> Measured:
 
 def _measurement(kind: LayerKind, file: ScoreFile) -> str:
     name = f"disagreement_{kind.scale}" if kind.shows == "disagreement" else kind.scale
-    if kind.scale != "contribution" and len(file.score_names) == 1:
+    if kind == ROLLOUT or (kind.scale != "contribution" and len(file.score_names) == 1):
         return name
     if kind.column.index is None:
         return f"{name}_mean"
@@ -376,7 +379,8 @@ def _parts(drawing: Drawing) -> list[GalleryPart]:
     columns = contribution_columns(file) if added else score_columns(file.score_names)
     # Of two probabilities, one's highest are the other's lowest.
     mirrored = len(columns) == 2 and task.scale == "probability"
-    others = () if task.shows == "disagreement" or mirrored else columns
+    alone = task.shows == "disagreement" or task.scale == "rollout" or mirrored
+    others = () if alone else columns
     kinds = [dataclasses.replace(_kind(task), column=column) for column in others]
     return [
         GalleryPart(

@@ -170,6 +170,7 @@ def _file_of(
         contributions=None if added is None else added[own],
         contribution_bias=answer.contribution_bias,
         contribution_names=logit_names(first.objective),
+        rollout=None if answer.rollout is None else answer.rollout[own],
         faithfulness=faithfulness,
     )
 

@@ -62,6 +62,24 @@ def test_layers_of_attention(tmp_path: Path) -> None:
     assert len({layer.meaning for layer in found.values()}) == 3
 
 
+def test_rollout_is_drawn_like_a_ratio(tmp_path: Path) -> None:
+    ratios = RNG.uniform(0.2, 3, size=30).astype(np.float32)
+    files = {"a": attention_file(tmp_path, "a", rollout=ratios), "b": attention_file(tmp_path, "b")}
+    colours = layer_colours(files, "classes")
+    found = {layer.kind.id: layer for layer in layers_of(files["a"], files, colours, "classes")}
+    np.testing.assert_array_equal(found["rollout"].values, ratios)
+    assert found["rollout"].colours.logarithmic
+    assert found["rollout"].colours.low == 1 / found["rollout"].colours.high
+    assert "rollout" not in {
+        layer.kind.id for layer in layers_of(files["b"], files, colours, "classes")
+    }
+    with pytest.raises(ArtifactError, match="b: has no rollout"):
+        layer_values(files["b"], found["rollout"].kind, files, "classes")
+    broken = attention_file(tmp_path, "c", rollout=np.full(30, np.nan, np.float32))
+    with pytest.raises(ArtifactError, match="c: has a rollout that is no finite numbers"):
+        layer_values(broken, found["rollout"].kind, {}, "classes")
+
+
 def test_a_patients_slides_disagree_on_one_scale(tmp_path: Path) -> None:
     case = {"stage": "scores", "case": "p", "slides": {"a": "1", "b": "2"}}
     each = special.log_softmax(RNG.normal(size=(2, 20, 1)), axis=1).astype(np.float32)

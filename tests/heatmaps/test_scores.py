@@ -67,6 +67,7 @@ def test_probabilities_of_one_class_of_several_and_of_each_by_itself() -> None:
         ("probability", "instance_logit", "regression", "one of several classes"),
         ("probability", "instance_logit", None, "one of several classes"),
         ("contribution", "log_weight", "classes", "no contributions"),
+        ("rollout", "log_weight", "classes", "no rollout"),
     ],
 )
 def test_an_impossible_scale_is_refused(scale: str, kind: str, task: str | None, told: str) -> None:

@@ -227,6 +227,7 @@ def made_file(**changes: object) -> ScoreFile:
         "contributions": generator.normal(size=(300, 2)).astype(np.float32),
         "contribution_bias": generator.normal(size=2),
         "contribution_names": ("no", "yes"),
+        "rollout": generator.uniform(size=300).astype(np.float32),
         "faithfulness": {"judged": [{"score": 0.5, "warning": "über"}], "agreement": None},
     }
     return ScoreFile(**{**values, **changes})  # type: ignore[arg-type]
@@ -255,7 +256,7 @@ def test_a_score_file_comes_back_as_it_was_and_is_the_same_bytes_again(tmp_path:
 def test_a_file_of_version_1_is_read_without_what_it_lacks(tmp_path: Path) -> None:
     path = tmp_path / "s1.h5"
     write_score_file(path, made_file())
-    newer = ("member_scores", "contributions", "contribution_bias", "faithfulness")
+    newer = ("member_scores", "contributions", "contribution_bias", "rollout", "faithfulness")
     with h5py.File(path, "r+") as file:
         for name in newer:
             del file[name]

@@ -152,7 +152,7 @@ def layer_data(layer: Layer) -> dict[str, Json]:
     }
 
 
-UNITS: Mapping[str, str] = {"ratio": "× uniform", "percentile": "%"}
+UNITS: Mapping[str, str] = {"ratio": "× uniform", "rollout": "× uniform", "percentile": "%"}
 """What stands behind a number on some scales."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bagscope.errors import ArtifactError
 from bagscope.mil.aggregators.registry import aggregator_entry
@@ -13,6 +14,7 @@ from bagscope.mil.bags import Bags
 from bagscope.mil.explain.effects import Subject
 from bagscope.mil.explain.pools import BUDGET_TILES, MeanPool, Pool, pool_of, with_donors
 from bagscope.mil.explain.question import Array, member_question
+from bagscope.mil.explain.rollout import mean_ratios, tile_rollout
 from bagscope.mil.inference import DTYPES
 from bagscope.mil.loading import Presentation, load_batch
 from bagscope.mil.member import Member
@@ -108,3 +110,21 @@ def member_scores(
             scores = member.model(device)(bags).scores
         found.append(np.asarray(scores.double().cpu().numpy()))
     return found
+
+
+def member_rollout(
+    members: Sequence[Member],
+    source: BagSource,
+    case: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float32] | None:
+    """Return the members' mean rollout of a case's tiles (n,), 1 what all would have alike.
+
+    None where a member has none.
+    """
+    found = []
+    for member in members:
+        bags = member_bags(member, source, (case,)).to(device)
+        found.append(tile_rollout(member.model(device), bags))
+    return mean_ratios(found)
