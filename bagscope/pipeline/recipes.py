@@ -10,7 +10,7 @@ import yaml
 
 import bagscope
 from bagscope.errors import ConfigError, first_line
-from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.recipe import FULL, TrainSpec
 from bagscope.pipeline.study import read_yaml
 from bagscope.specs import did_you_mean, parse_spec
 
@@ -32,9 +32,10 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpe
         options: nested as in the file; they win.
 
     Raises:
-        ConfigError: no such recipe or aggregator, or an option that there is not.
+        ConfigError: no such recipe, aggregator or regime, or an option that there is not.
     """
     from bagscope.mil.aggregators.registry import aggregator_entry
+    from bagscope.mil.regimes.registry import regime_entry
 
     path = _path_of(name)
     values = laid_over(read_yaml(path), options or {})
@@ -45,6 +46,10 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpe
         aggregator.options,
         where=f"recipe {path.name}: aggregator {aggregator.name}",
     )
+    regime = recipe.regime
+    if regime.name != FULL:
+        where = f"recipe {path.name}: regime {regime.name}"
+        parse_spec(regime_entry(regime.name).options, regime.options, where=where)
     return recipe
 
 

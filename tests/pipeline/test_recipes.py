@@ -26,6 +26,10 @@ NAMES = (
     "mambamil",
     "max",
     "mean",
+    "packmil",
+    "packmil_brca",
+    "packmil_panda",
+    "packmil_survival",
     "set_transformer",
     "vit",
     "vit_agent",
@@ -37,6 +41,8 @@ NAMES = (
 )
 PLACED = ("vit_alibi", "vit_neighbours")
 """Those that want tiles with places, which bags of arrays have none of."""
+TAILORED = ("packmil_panda", "packmil_survival")
+"""Those for one kind of target, tested with it in tests/mil/regimes."""
 ROOT = Path(bagscope.__file__).parent.parent
 CONFIGS = ROOT / "configs"
 
@@ -48,7 +54,7 @@ def test_these_are_there_and_each_says_what_it_is() -> None:
         assert first.startswith("# ") and len(first) > 20
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in PLACED])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*PLACED, *TAILORED)])
 def test_each_learns_from_bags(name: str) -> None:
     found = Trainer(
         load_recipe(name),
@@ -69,6 +75,8 @@ def test_each_learns_from_bags(name: str) -> None:
         "clam_sb": {"instance"},
         "dtfd": {"semantic"},
         "dsmil": {"semantic"},
+        "packmil": {"residual"},
+        "packmil_brca": {"residual"},
     }
     assert set(epoch.losses) - {"total", "bag", "bag/label"} == added.get(name, set())
 

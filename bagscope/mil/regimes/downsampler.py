@@ -52,7 +52,7 @@ class Downsampler(nn.Module):
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return tiles (T, D) of tiles (T, D); none is compressed, none moves."""
         x = self._weighted(features, cu_seqlens)
-        parts = [linear(self._embedded(rows), self.out) for rows in x.split(_ROWS)]
+        parts = [linear(self._embedded(rows), self.out) for rows in torch.split(x, _ROWS)]
         return torch.cat(parts)
 
     def compressed(
