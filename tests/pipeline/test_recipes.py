@@ -23,6 +23,7 @@ NAMES = (
     "dsmil",
     "dtfd",
     "hopfield",
+    "ilra",
     "mambamil",
     "max",
     "mean",

@@ -20,8 +20,8 @@ from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 from bagscope.specs import Spec, did_you_mean, parse_spec
 
 BUILT_IN = (
-    "abmil", "acmil", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield", "mambamil", "max",
-    "mean", "set_transformer", "vit",
+    "abmil", "acmil", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield", "ilra", "mambamil",
+    "max", "mean", "set_transformer", "vit",
 )  # fmt: skip
 """A new aggregator of ours is a file of this folder and its name in this line."""
 ENTRY_POINTS = "bagscope.aggregators"

@@ -12,6 +12,7 @@ from bagscope.mil.originals import (
     dsmil,
     dtfd,
     hopfield,
+    ilra,
     mambamil,
     packmil,
     pooling,
@@ -25,6 +26,7 @@ ORIGINALS: Mapping[str, Original] = MappingProxyType(
     | dsmil.ORIGINALS
     | dtfd.ORIGINALS
     | hopfield.ORIGINALS
+    | ilra.ORIGINALS
     | mambamil.ORIGINALS
     | packmil.ORIGINALS
     | set_transformer.ORIGINALS

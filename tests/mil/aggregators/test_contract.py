@@ -37,6 +37,10 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"states": 2, "heads": 3, "beta": 0.7, "dropout": 0.0},
         {"update_steps": 3, "heads": 2},
     ),
+    "ilra": (
+        {"rank": 3, "layer_norm": True, "dropout": 0.25, "layers": 1},
+        {"heads": 2, "seeds": 2},
+    ),
     "mambamil": (
         {"ways": "bi", "order": "raster", "layers": 1},
         {"ways": "cross", "order": "hilbert", "dropout": 0.25, "layers": 1},
@@ -66,13 +70,14 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
 DRAWS: dict[str, dict[str, Any]] = {
     "dsmil": {"hidden": 16, "dropout": 0.25},
     "hopfield": {"heads": 4, "dropout": 0.5},
+    "ilra": {"hidden": 16, "dropout": 0.25},
     "mambamil": {"hidden": 16, "dropout": 0.25},
     "set_transformer": {"hidden": 16, "dropout": 0.25},
     "vit": {"hidden": 16, "dropout": 0.25},
 }
 """Options of those that draw nothing by default."""
 
-SLOW = {"dtfd", "hopfield", "mambamil", "set_transformer", "vit"}
+SLOW = {"dtfd", "hopfield", "ilra", "mambamil", "set_transformer", "vit"}
 """Of these, only the defaults are checked every time."""
 
 
