@@ -48,7 +48,7 @@ _OTHER_SEED = 1 << 40
     "packmil",
     PackMILOptions,
     summary="a share of every bag, and hyperslides of the rest with labels made for them",
-    reference="Tang, Fang et al., Revisiting Data Challenges of Computational Pathology (PackMIL), 2025",
+    reference="Tang et al., Revisiting Data Challenges of Computational Pathology, 2025",
     terms=(TERM,),
 )
 class PackMIL(Regime):
