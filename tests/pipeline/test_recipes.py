@@ -24,6 +24,7 @@ NAMES = (
     "dtfd",
     "hopfield",
     "ilra",
+    "ins",
     "mambamil",
     "max",
     "mean",
@@ -76,6 +77,7 @@ def test_each_learns_from_bags(name: str) -> None:
         "clam_sb": {"instance"},
         "dtfd": {"semantic"},
         "dsmil": {"semantic"},
+        "ins": {"instance", "contrast", "warm_up"},
         "packmil": {"residual"},
         "packmil_brca": {"residual"},
     }

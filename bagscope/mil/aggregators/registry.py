@@ -6,7 +6,7 @@ that registers on import, as ours do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -19,8 +19,12 @@ from bagscope.errors import ConfigError, first_line
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 from bagscope.specs import Spec, did_you_mean, parse_spec
 
+if TYPE_CHECKING:
+    from bagscope.mil.recipe import TrainSpec
+    from bagscope.mil.targets import TargetSpec
+
 BUILT_IN = (
-    "abmil", "acmil", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield", "ilra", "mambamil",
+    "abmil", "acmil", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield", "ins", "ilra", "mambamil",
     "max", "mean", "set_transformer", "vit",
 )  # fmt: skip
 """A new aggregator of ours is a file of this folder and its name in this line."""
@@ -61,6 +65,14 @@ class Aggregator(nn.Module):
     def needs_grid(self) -> bool:
         """Return whether tiles without places on a lattice are refused."""
         return False
+
+    @classmethod
+    def refuse(cls, recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
+        """Refuse a recipe or targets that can't be learnt from.
+
+        Raises:
+            ConfigError: says what does not go together.
+        """
 
     if TYPE_CHECKING:
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from bagscope.errors import ConfigError
-from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
+from bagscope.mil.aggregators.registry import Aggregator, aggregator_entry, build_aggregator
 from bagscope.mil.recipe import FULL, RegimeSpec, TrainSpec
 from bagscope.mil.regimes.regime import Regime
 from bagscope.mil.targets import TargetSpec
@@ -117,11 +117,14 @@ def build_model(recipe: TrainSpec, features: int, outputs: int) -> Aggregator:
 
 
 def refuse_impossible(recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
-    """Refuse a regime that does not go with the rest of a recipe, or with the targets.
+    """Refuse an aggregator or a regime that does not go with the recipe, or with the targets.
 
     Raises:
         ConfigError: says what does not go together.
     """
+    built_by = aggregator_entry(recipe.aggregator.name).build
+    if isinstance(built_by, type) and issubclass(built_by, Aggregator):
+        built_by.refuse(recipe, targets)
     if recipe.regime.name != FULL:
         regime_entry(recipe.regime.name).kind.refuse(recipe, targets)
 

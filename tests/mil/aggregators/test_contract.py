@@ -41,6 +41,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"rank": 3, "layer_norm": True, "dropout": 0.25, "layers": 1},
         {"heads": 2, "seeds": 2},
     ),
+    "ins": ({"dropout": 0.25, "tiles": 5, "queue": 32, "faithful_queue": True},),
     "mambamil": (
         {"ways": "bi", "order": "raster", "layers": 1},
         {"ways": "cross", "order": "hilbert", "dropout": 0.25, "layers": 1},
@@ -71,6 +72,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "dsmil": {"hidden": 16, "dropout": 0.25},
     "hopfield": {"heads": 4, "dropout": 0.5},
     "ilra": {"hidden": 16, "dropout": 0.25},
+    "ins": {"hidden": 16, "dropout": 0.25},
     "mambamil": {"hidden": 16, "dropout": 0.25},
     "set_transformer": {"hidden": 16, "dropout": 0.25},
     "vit": {"hidden": 16, "dropout": 0.25},
