@@ -157,6 +157,18 @@ SIZES: Mapping[str, Sizes] = {
         options={"states": columns("states"), "hidden": columns("out.weight")},
         untold=("heads", "beta", "update_steps", "update_eps"),
     ),
+    "ilra": Sizes(
+        features=columns("blocks.0.forth.key.weight"),
+        outputs=rows("classifier.weight"),
+        options={
+            "hidden": columns("classifier.weight"),
+            "layers": count("blocks.*.latent"),
+            "rank": columns("blocks.0.latent"),
+            "seeds": columns("seeds"),
+            "layer_norm": has("pooling.norm_first.weight"),
+        },
+        untold=("heads",),
+    ),
     "mambamil": Sizes(
         features=columns("projection.weight"),
         outputs=rows("classifier.weight"),
@@ -173,6 +185,28 @@ SIZES: Mapping[str, Sizes] = {
     ),
     "max": _TILES,
     "mean": _TILES,
+    "rrt": Sizes(
+        features=columns("projection.weight"),
+        outputs=rows("classifier.weight"),
+        options={
+            "hidden": rows("projection.weight"),
+            "attention": rows("v.weight"),
+            "layers": count("norms.*.weight"),
+            "heads": rows("mixers.0.epeg"),
+            "epeg": either(axis(2, "mixers.0.epeg"), lambda shapes: 0),
+            "representatives": either(columns("cross.phi"), lambda shapes: 0),
+        },
+        untold=(
+            "heads",
+            "cross_heads",
+            "regions",
+            "shortcut",
+            "gate",
+            "activation",
+            "places",
+            "faithful_pads",
+        ),
+    ),
     "set_transformer": Sizes(
         features=columns(f"{_ENCODER}0.fc_k.weight", f"{_ENCODER}.fc_q.weight"),
         outputs=rows("classifier.weight"),
@@ -189,6 +223,26 @@ SIZES: Mapping[str, Sizes] = {
             "layer_norm": has("pooling.mab.ln0.weight"),
         },
         untold=("heads",),
+    ),
+    "transmil": Sizes(
+        features=columns("projection.weight"),
+        outputs=rows("classifier.weight"),
+        options={
+            "hidden": rows("projection.weight"),
+            "heads": rows("layers.0.taps"),
+            # Half the width, as its authors have it.
+            "landmarks": ratio(rows("projection.weight"), lambda shapes: 2),
+            "taps": axis(2, "layers.0.taps"),
+            "ppeg_sizes": lambda shapes: (
+                tuple(
+                    shape[2]
+                    for name, shape in sorted(shapes.items())
+                    if fnmatchcase(name, "ppeg.convs.*.weight")
+                )
+                or None
+            ),
+        },
+        untold=("attention", "iterations", "ppeg", "faithful_pads", "faithful_start"),
     ),
 }
 

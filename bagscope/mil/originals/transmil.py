@@ -17,4 +17,10 @@ def _layers() -> dict[str, str]:
     return layers | {"_fc2": "classifier"}
 
 
-ORIGINALS: dict[str, Original] = {"transmil": Original(aggregator="transmil", layers=_layers())}
+ORIGINALS: dict[str, Original] = {
+    "transmil": Original(
+        aggregator="transmil",
+        layers=_layers(),
+        options={"faithful_pads": True, "faithful_start": True},
+    )
+}
