@@ -32,6 +32,7 @@ NAMES = (
     "packmil_brca",
     "packmil_panda",
     "packmil_survival",
+    "rrt",
     "set_transformer",
     "vit",
     "vit_agent",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = (
     "abmil", "acmil", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield", "ins", "ilra", "mambamil",
-    "max", "mean", "set_transformer", "vit",
+    "max", "mean", "rrt", "set_transformer", "vit",
 )  # fmt: skip
 """A new aggregator of ours is a file of this folder and its name in this line."""
 ENTRY_POINTS = "bagscope.aggregators"

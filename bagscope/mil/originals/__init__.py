@@ -16,6 +16,7 @@ from bagscope.mil.originals import (
     mambamil,
     packmil,
     pooling,
+    rrt,
     set_transformer,
 )
 from bagscope.mil.originals.mapping import Original
@@ -29,6 +30,7 @@ ORIGINALS: Mapping[str, Original] = MappingProxyType(
     | ilra.ORIGINALS
     | mambamil.ORIGINALS
     | packmil.ORIGINALS
+    | rrt.ORIGINALS
     | set_transformer.ORIGINALS
 )
 

@@ -49,6 +49,11 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "max": ({"level": "embedding"},),
     "mean": ({"level": "embedding", "activation": "gelu", "init": "torch"},),
+    "rrt": (
+        {"regions": 3, "shortcut": True, "layers": 2},
+        {"regions": 2, "places": "lattice", "representatives": 0, "dropout": 0.0},
+        {"regions": 3, "faithful_pads": True, "epeg": 0},
+    ),
     "set_transformer": (
         {"layer_norm": True, "seeds": 3, "blocks": 1},
         {"attention": "full", "blocks": 1, "seed_blocks": 0, "dropout": 0.25},
@@ -79,7 +84,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 }
 """Options of those that draw nothing by default."""
 
-SLOW = {"dtfd", "hopfield", "ilra", "mambamil", "set_transformer", "vit"}
+SLOW = {"dtfd", "hopfield", "ilra", "mambamil", "rrt", "set_transformer", "vit"}
 """Of these, only the defaults are checked every time."""
 
 

@@ -1,0 +1,172 @@
+"""Attention inside regions of a slide and between them (RRT-MIL, Tang et al. 2024).
+
+R-MSA, inside a region:   softmax(s q kᵀ + conv(s q kᵀ)) v, the convolution along the queries (EPEG)
+CR-MSA, between regions:  r_n = Σ softmax(x φ_n) x over a region's tiles: its representative n
+                          r ← attention over the bag's regions, for each n by itself
+                          out = Σ_n softmax_n(x φ) m_n r_n
+                          m_n: where x φ_n lies between its least and largest in the region
+
+The convolution is linear in the queries, so it is one of the queries: Σ_j w_j (q_{i+j} · k) =
+(Σ_j w_j q_{i+j}) · k. No matrix of a region's tiles by its tiles is ever made. Its bias is the same
+for all keys and changes no softmax, so there is none.
+
+T tiles, B bags, g² regions of each bag, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bagscope.kernels.linear_attention.halves import ask
+from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
+from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.varlen_self_attention import varlen_self_attention
+from bagscope.mil.aggregators.layers import linear
+from bagscope.mil.aggregators.mamba import Way
+
+_EPS = 1e-8
+_BLOCK = 32
+"""Rows that one product of the convolution makes; with k taps it reads k - 1 more."""
+
+
+class RegionAttention(nn.Module):
+    """Tiles learn of those of their region (R-MSA)."""
+
+    def __init__(self, hidden: int, heads: int, taps: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+        bound = 1 / math.sqrt(max(taps, 1))
+        self.epeg = nn.Parameter(torch.empty(heads, taps).uniform_(-bound, bound)) if taps else None
+        self.heads = heads
+
+    def forward(self, x: Tensor, regions: Way) -> Tensor:
+        """Return (T, hidden) of tiles (T, hidden) in regions."""
+        rows = linear(regions.along(x), self.qkv)
+        q, k, v = rows.unflatten(1, (3, self.heads, -1)).unbind(1)
+        if self.epeg is not None:
+            q = q + convolved(q, self.epeg.to(q.dtype), regions.borders)
+        found = varlen_self_attention(q, k, v, regions.borders).flatten(1)
+        return linear(found[regions.places], self.proj)
+
+
+class CrossRegionAttention(nn.Module):
+    """Regions learn of each other through a few representatives (CR-MSA)."""
+
+    def __init__(self, hidden: int, heads: int, representatives: int) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.empty(hidden, representatives))
+        nn.init.kaiming_uniform_(self.phi, a=math.sqrt(5))
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+        self.heads = heads
+
+    def forward(self, x: Tensor, regions: Way, bags: int) -> Tensor:
+        """Return (T, hidden) of tiles (T, hidden) in regions of so many bags."""
+        rows = regions.along(x)
+        logits = (rows @ self.phi.to(rows.dtype)).to(self.phi.dtype)
+        pooled = segment_softmax_pool(logits, rows, regions.borders).pooled
+        told = self._between(pooled.unflatten(0, (bags, -1)), regions.borders.diff() > 0)
+        told = told.flatten(0, 1).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        weights = logits.softmax(1) * min_max(logits, regions.borders)
+        found = ask(
+            weights[:, None].expand(-1, self.heads, -1).contiguous(),
+            told.contiguous(),
+            regions.borders,
+        )
+        return found.flatten(1)[regions.places]
+
+    def _between(self, rows: Tensor, is_there: Tensor) -> Tensor:
+        """Return what representatives (B, g², n, hidden) learn of those of regions that exist."""
+        parts = self.qkv(rows).unflatten(3, (3, self.heads, -1))
+        q, k, v = (part.permute(0, 2, 3, 1, 4) for part in parts.unbind(3))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        is_there = is_there.view(len(rows), 1, 1, 1, -1)
+        weights = scores.masked_fill(~is_there, -torch.inf).softmax(-1)
+        found: Tensor = self.proj((weights @ v).permute(0, 3, 1, 2, 4).flatten(3))
+        return found
+
+
+def convolved(q: Tensor, taps: Tensor, borders: Tensor) -> Tensor:
+    """Return q (P, H, d) convolved along the rows of each region with taps (H, k), k odd.
+
+    As products of a band matrix with blocks of rows: a convolution of channels takes twice as
+    long on a processor.
+    """
+    k, regions = taps.shape[1], len(borders) - 1
+    gap = k // 2
+    # Zeros between the regions: one band serves all, and none sees another.
+    at = torch.arange(len(q), device=q.device) + gap * bag_of_tile(borders, len(q))
+    blocks = (len(q) + gap * regions + _BLOCK - 1) // _BLOCK
+    apart = q.new_zeros(blocks * _BLOCK + k - 1, *q.shape[1:]).index_copy(0, at + gap, q)
+    ahead = torch.arange(_BLOCK + k - 1, device=q.device)
+    tap = ahead - torch.arange(_BLOCK, device=q.device)[:, None]
+    band = taps[:, tap.clamp(0, k - 1)].masked_fill((tap < 0) | (tap >= k), 0.0)
+    windows = apart.unfold(0, _BLOCK + k - 1, _BLOCK)
+    return torch.einsum("nhdw,hbw->nbhd", windows, band).flatten(0, 1)[at]
+
+
+def min_max(logits: Tensor, borders: Tensor) -> Tensor:
+    """Return where between its region's least and largest a logit (P, n) lies; 0 where alone."""
+    region = bag_of_tile(borders, len(logits))
+    index, shape = region[:, None].expand_as(logits), (len(borders) - 1, logits.shape[1])
+    low = logits.new_full(shape, torch.inf).scatter_reduce(0, index, logits, "amin")[region]
+    high = logits.new_full(shape, -torch.inf).scatter_reduce(0, index, logits, "amax")[region]
+    return (logits - low) / (high - low + _EPS)
+
+
+def stored_regions(cu_seqlens: Tensor, tiles: int, side: int, *, is_filled: bool) -> Way:
+    """Return tiles in side² regions of a square that they fill row by row as they are stored.
+
+    The square of a bag of N has ⌈√N⌉ places a side, rounded up to a multiple of `side`.
+
+    Args:
+        cu_seqlens: (B + 1,) int32.
+        tiles: T.
+        side: g, regions along a side.
+        is_filled: whether the places after the last tile are rows of zeros, or no rows.
+    """
+    lengths, bag = cu_seqlens.diff().long(), bag_of_tile(cu_seqlens, tiles)
+    root = lengths.double().sqrt().ceil().long().clamp(min=1)
+    region_side = (root + side - 1) // side
+    own = torch.arange(tiles, device=bag.device) - cu_seqlens[bag].long()
+    length, wide = region_side[bag], region_side[bag] * side
+    row, column = own // wide, own % wide
+    region = row // length * side + column // length
+    inside = row % length * length + column % length
+    if not is_filled:
+        return _sorted(bag * side**2 + region, [inside], len(lengths) * side**2)
+    sizes = (region_side**2).repeat_interleave(side**2)
+    borders = functional.pad(sizes.cumsum(0), (1, 0))
+    places = borders[bag * side**2 + region] + inside
+    rows = torch.full((int(borders[-1]),), tiles, device=bag.device)
+    rows[places] = torch.arange(tiles, device=bag.device)
+    return Way(rows=rows, places=places, borders=borders.int())
+
+
+def lattice_regions(grid: Tensor, cu_seqlens: Tensor, side: int) -> Way:
+    """Return tiles in side² equal rectangles of what their places (T, 2) span, row by row."""
+    bag = bag_of_tile(cu_seqlens, len(grid))
+    places = grid.long()
+    index, shape = bag[:, None].expand_as(places), (len(cu_seqlens) - 1, 2)
+    low = places.new_zeros(shape).scatter_reduce(0, index, places, "amin", include_self=False)
+    high = places.new_zeros(shape).scatter_reduce(0, index, places, "amax", include_self=False)
+    own = places - low[bag]
+    column, row = (own * side // (high - low + 1)[bag]).unbind(1)
+    region = (bag * side + row) * side + column
+    return _sorted(region, [own[:, 0], own[:, 1]], (len(cu_seqlens) - 1) * side**2)
+
+
+def _sorted(region: Tensor, keys: list[Tensor], regions: int) -> Way:
+    """Return tiles by region (T,), inside it by the keys, the last of which comes first."""
+    order = torch.arange(len(region), device=region.device)
+    for key in (*keys, region):
+        order = order[torch.argsort(key[order], stable=True)]
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    sizes = region.new_zeros(regions).scatter_add(0, region, torch.ones_like(region))
+    return Way(rows=order, places=places, borders=functional.pad(sizes.cumsum(0), (1, 0)).int())
