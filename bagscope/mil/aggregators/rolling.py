@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from bagscope.kernels.segments import bag_of_tile
+
 Product = Callable[[Tensor], Tensor | None]
 """Weights w (T,) of a layer's rows to wᵀA (T,); None where it can't be told in linear memory."""
 
@@ -32,6 +34,16 @@ def rolled_back(weights: Tensor, products: Sequence[Product]) -> Tensor | None:
             return None
         weights = (weights + pulled) / 2
     return weights
+
+
+def shares_of(weights: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return tiles' weights (T,) such that they add up to 1 over each bag; negative ones are 0.
+
+    For rows that are no tiles have been left out by then, and approximate weights may be negative.
+    """
+    weights = weights.clamp(min=0.0)
+    bag = bag_of_tile(cu_seqlens, len(weights))
+    return weights / weights.new_zeros(len(cu_seqlens) - 1).index_add(0, bag, weights)[bag]
 
 
 def pulled_through(

@@ -12,6 +12,7 @@ tiles is taken before it is multiplied with what makes values of them.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from bagscope.kernels.varlen_self_attention import varlen_self_attention
 from bagscope.mil.aggregators.layers import Projection, draw_seed, dropped, linear
 from bagscope.mil.aggregators.ppeg import PPEG
 from bagscope.mil.aggregators.registry import Aggregator, register
+from bagscope.mil.aggregators.rolling import pulled_through, rolled_back, shares_of
 from bagscope.mil.bags import BagOutput, Bags, segment_softmax
 from bagscope.specs import Spec
 
@@ -162,6 +164,22 @@ class Attention(nn.Module):
         found = torch.einsum("bhc,hdc->bhd", mixed[:, 0], of_v.unflatten(0, (heads, -1)))
         return self.out(found.flatten(1)), weights
 
+    def pulled(self, x: Tensor, rows: Rows, narrow: torch.dtype, weights: Tensor) -> Tensor:
+        """Return Σ_i w_i N_ij (R,), the mean over heads; the convolution is left out."""
+        parts = linear(self.norm(x).to(narrow), self.qkv).unflatten(1, (3, self.options.heads, -1))
+        q, k, _ = parts.unbind(1)
+
+        def attend(values: Tensor) -> Tensor:
+            width = values.shape[-1]
+            wide = functional.pad(values, (0, q.shape[-1] - width))
+            if self.options.attention == "exact":
+                found = varlen_self_attention(q, k, wide, rows.borders)
+            else:
+                found, _ = nystrom_attention(q, k, wide, rows.borders, **self.how)
+            return found[..., :width]
+
+        return pulled_through(attend, weights, q)
+
 
 @register(
     "transmil",
@@ -210,6 +228,25 @@ class TransMIL(Aggregator):
             scores=_scores(last_weights if weights is None else weights, rows, bags),
             score_kind="log_weight",
         )
+
+    def rollout(self, bags: Bags) -> Tensor:
+        """Return attention rollout (T,) from the class tokens, without PPEG; see `rolling`."""
+        self._require_places(bags)
+        h = self.projection(bags.features)
+        narrow = h.dtype
+        start, rows = self._rows(h.to(self.norm.weight.dtype), bags)
+        first, second = self.layers
+        assert isinstance(first, Attention)
+        assert isinstance(second, Attention)
+        added, _ = first(start, rows, narrow, with_weights=False)
+        _, taken = second.of_class_tokens(self._between(start + added, rows, bags), rows, narrow)
+        token = start.new_zeros(len(start)).index_fill(0, rows.first, 1.0)
+        found = rolled_back(
+            token, [partial(first.pulled, start, rows, narrow), lambda _: taken.mean(1).to(token)]
+        )
+        assert found is not None, "both products are known"
+        found = functional.pad(found, (0, 1))
+        return shares_of(found[rows.tile] + found[rows.again], bags.cu_seqlens)
 
     def _rows(self, h: Tensor, bags: Bags) -> tuple[Tensor, Rows]:
         """Return class tokens, tiles (T, hidden) and what is repeated, and where they are."""

@@ -32,7 +32,7 @@ from bagscope.mil.aggregators.layers import (
 )
 from bagscope.mil.aggregators.mixers import MIXERS, Mixer, MixerName, MixerOptions, Rows
 from bagscope.mil.aggregators.registry import Aggregator, register
-from bagscope.mil.aggregators.rolling import rolled_back
+from bagscope.mil.aggregators.rolling import rolled_back, shares_of
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms, segment_softmax
 
 Pooling = Literal["attention", "mean", "class"]
@@ -177,9 +177,7 @@ class ViT(Aggregator):
         found = rolled_back(weights, products)
         if found is None or not rows.class_tokens:
             return found
-        tiles = found[rows.tiles()]
-        bag = bag_of_tile(bags.cu_seqlens, len(tiles))
-        return tiles / tiles.new_zeros(len(bags)).index_add(0, bag, tiles)[bag]
+        return shares_of(found[rows.tiles()], bags.cu_seqlens)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bagscope.mil.aggregators.registry import build_aggregator
+from bagscope.mil.aggregators.transmil import Attention, TransMIL
 from bagscope.mil.aggregators.vit import ViT
 from bagscope.mil.bags import Bags
 from bagscope.mil.explain.rollout import tile_rollout
@@ -154,6 +155,59 @@ def test_it_is_the_dense_product(mixer: str, pooling: str) -> None:
             wanted = dense_rollout(model, bags.one(bag))
         np.testing.assert_allclose(found[start:stop], wanted, rtol=1e-9, atol=1e-12)
         assert found[start:stop].sum() == pytest.approx(1, abs=1e-6)
+
+
+def nystrom_weights(q: Tensor, k: Tensor, landmarks: int) -> Tensor:
+    """Return S₁ Z S₃ (N, N) of each head by whole matrices; the softmax of small bags."""
+    scale, n = q.shape[-1] ** -0.5, q.shape[1]
+    if n <= landmarks:
+        return torch.softmax(scale * q @ k.mT, -1)
+    length = -(-n // landmarks)
+    pads = -n % length
+    runs = [functional.pad(x, (0, 0, pads, 0)).unflatten(1, (-1, length)).sum(2) for x in (q, k)]
+    counts = functional.pad(torch.ones(n), (pads, 0)).unflatten(0, (-1, length)).sum(1)
+    few_q, few_k = (run / counts[:, None] for run in runs)
+    few = torch.softmax(scale * few_q @ few_k.mT, -1)
+    rows, columns = few.sum(-1).amax(-1), few.sum(-2).amax(-1)
+    inverse = few.mT / (rows * columns)[:, None, None]
+    one = torch.eye(few.shape[-1], dtype=few.dtype)
+    for _ in range(6):
+        both = few @ inverse
+        inverse = inverse @ (13 * one - both @ (15 * one - both @ (7 * one - both))) / 4
+    first, last = (torch.softmax(scale * a @ b.mT, -1) for a, b in ((q, few_k), (few_q, k)))
+    return first @ inverse @ last
+
+
+@pytest.mark.parametrize("attention", ["exact", "nystrom"])
+def test_that_of_transmil_is_the_dense_product(attention: str) -> None:
+    torch.manual_seed(0)
+    options = {"hidden": 16, "heads": HEADS, "landmarks": 8, "attention": attention}
+    model = build_aggregator("transmil", 12, 2, options).double().eval()
+    assert isinstance(model, TransMIL)
+    bags = bags_of((23, 1, 6))
+    found = tile_rollout(model, bags)
+    assert found is not None
+    for bag, (start, stop) in enumerate(pairwise(bags.cu_seqlens.tolist())):
+        with torch.no_grad():
+            one = bags.one(bag)
+            h, rows = model._rows(model.projection(one.features), one)
+            product = torch.eye(len(h), dtype=h.dtype)
+            for place, layer in enumerate(model.layers):
+                assert isinstance(layer, Attention)
+                q, k, _ = (heads_first(part) for part in layer.qkv(layer.norm(h)).chunk(3, 1))
+                few = 8 if attention == "nystrom" else len(h)
+                weights = nystrom_weights(q, k, few).mean(0)
+                product = (weights + torch.eye(len(h), dtype=h.dtype)) / 2 @ product
+                if not place:
+                    added, _ = layer(h, rows, h.dtype, with_weights=False)
+                    h = model._between(h + added, rows, one)
+        tiles = stop - start
+        row = product[0, 1:]
+        # Repeated tiles stand behind the others.
+        whole = row[:tiles].clone()
+        whole[: len(row) - tiles] += row[tiles:]
+        whole = whole.clamp(min=0)
+        np.testing.assert_allclose(found[start:stop], whole / whole.sum(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "flow"])
