@@ -18,6 +18,7 @@ NAMES = (
     "abmil_gated",
     "acmil",
     "aem",
+    "attentive_probe",
     "clam_mb",
     "clam_sb",
     "dsmil",

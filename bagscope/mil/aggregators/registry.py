@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from bagscope.mil.targets import TargetSpec
 
 BUILT_IN = (
-    "abmil", "acmil", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield", "ins", "ilra", "mambamil",
-    "max", "mean", "rrt", "set_transformer", "vit",
+    "abmil", "acmil", "attentive_probe", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield",
+    "ilra", "ins", "mambamil", "max", "mean", "rrt", "set_transformer", "vit",
 )  # fmt: skip
 """A new aggregator of ours is a file of this folder and its name in this line."""
 ENTRY_POINTS = "bagscope.aggregators"

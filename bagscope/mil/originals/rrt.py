@@ -26,6 +26,7 @@ ORIGINALS: dict[str, Original] = {
             "pool_fn.attention.attention.2": "w",
             "predictor": "classifier",
         },
+        options={"faithful_pads": True},
         # The same number is added to a tile's logits for all others: it changes no softmax.
         left_out=frozenset(
             f"{_ENCODER}.layers.{layer}.attn.attn.pe.bias" for layer in range(_LAYERS)

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from bagscope.mil.aggregators.registry import BUILT_IN, aggregator_names, build_aggregator
+from bagscope.mil.aggregators.registry import (
+    BUILT_IN,
+    aggregator_entry,
+    aggregator_names,
+    build_aggregator,
+)
 from bagscope.mil.bags import Bags
 from bagscope.testing import check_aggregator
 from tests.kernels.packed import normal
@@ -22,6 +27,10 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"branches": 1},
         {"attention": "multihead", "branches": 3, "stkim_k": 4},
         {"branches": 2, "stkim_exactly": False, "projection_bias": True},
+    ),
+    "attentive_probe": (
+        {"queries": 5, "scored": "group"},
+        {"queries": 20, "pooled": "all", "layer_norm": True, "dropout": 0.25},
     ),
     "clam_mb": ({"subtyping": True, "instance_loss": "ce"},),
     "clam_sb": ({"subtyping": True, "k": 3},),
@@ -74,6 +83,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
 """Options beside the defaults, with a narrow projection, so that it is quick."""
 
 DRAWS: dict[str, dict[str, Any]] = {
+    "attentive_probe": {"dropout": 0.25},
     "dsmil": {"hidden": 16, "dropout": 0.25},
     "hopfield": {"heads": 4, "dropout": 0.5},
     "ilra": {"hidden": 16, "dropout": 0.25},
@@ -107,7 +117,9 @@ def test_with_its_defaults(name: str) -> None:
     ],
 )
 def test_with_other_options(name: str, options: dict[str, Any]) -> None:
-    check_aggregator(name, features=12, outputs=2, options={"hidden": 16, **options})
+    has_width = "hidden" in aggregator_entry(name).options.model_fields
+    narrow = {"hidden": 16} if has_width else {}
+    check_aggregator(name, features=12, outputs=2, options={**narrow, **options})
 
 
 @pytest.mark.parametrize("name", aggregator_names())
