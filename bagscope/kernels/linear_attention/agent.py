@@ -55,7 +55,13 @@ def agent_attention(
 
 
 def ask_agents(
-    q: Tensor, agents: Tensor, told: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
+    q: Tensor,
+    agents: Tensor,
+    told: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    used: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(s q_i Aᵀ) V_A of every tile, for agents of its bag: (T, H, dv).
 
@@ -67,9 +73,11 @@ def ask_agents(
         told: V_A, (B, n, H, dv).
         cu_seqlens: (B + 1,) int32.
         scale: s, 1/√d by default.
+        used: (B, n) bool, which agents a bag has; all if None.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    used = torch.ones(agents.shape[:2], dtype=torch.bool, device=agents.device)
+    if used is None:
+        used = torch.ones(agents.shape[:2], dtype=torch.bool, device=agents.device)
     found: Tensor = _tell(q, agents.contiguous(), told.contiguous(), used, cu_seqlens, scale)
     return found
 

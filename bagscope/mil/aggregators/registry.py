@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bagscope.mil.targets import TargetSpec
 
 BUILT_IN = (
-    "abmil", "acmil", "attentive_probe", "clam_mb", "clam_sb", "dsmil", "dtfd", "hopfield",
+    "abmil", "acmil", "attentive_probe", "clam_mb", "clam_sb", "comel", "dsmil", "dtfd", "hopfield",
     "ilra", "ins", "mambamil", "max", "mean", "rrt", "set_transformer", "vit",
 )  # fmt: skip
 """A new aggregator of ours is a file of this folder and its name in this line."""

@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "clam_mb": ({"subtyping": True, "instance_loss": "ce"},),
     "clam_sb": ({"subtyping": True, "k": 3},),
+    "comel": ({"groups": 3, "heads": 2, "layers": 2, "margin": 0.2, "dropout": 0.25},),
     "dsmil": (
         {"q": "linear", "activation": "gelu", "dropout": 0.25},
         {"v": "passing", "value_dropout": 0.25, "predict": "mean"},
@@ -84,6 +85,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
 
 DRAWS: dict[str, dict[str, Any]] = {
     "attentive_probe": {"dropout": 0.25},
+    "comel": {"hidden": 16, "dropout": 0.25},
     "dsmil": {"hidden": 16, "dropout": 0.25},
     "hopfield": {"heads": 4, "dropout": 0.5},
     "ilra": {"hidden": 16, "dropout": 0.25},
