@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bagscope.kernels.cross_attention_pool import cross_attention_pool
-from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
+from bagscope.kernels.linear_attention.halves import gather
 from bagscope.kernels.segments import bag_of_tile
 from bagscope.mil.aggregators.layers import draw_seed, dropped, linear
 from bagscope.mil.bags import Bags
@@ -110,37 +110,20 @@ class Recycle(nn.Module):
         normed = self.norm(x.to(self.norm.weight.dtype)).to(x.dtype)
         q = self.ask(self.norm(self.query)).view(spec.queries, spec.heads, spec.head)
         k, v = linear(normed, self.key_value).view(len(x), 2, spec.heads, spec.head).unbind(1)
+        k, v = k.contiguous(), v.contiguous()
         drops = self.training and spec.dropout > 0
-        if drops:
-            pooled = self._dropping(q, k, v, borders, draw_seed(bags, use=5))
-        else:
-            pooled = cross_attention_pool(q, k.contiguous(), v.contiguous(), borders)[0]
+        pooled, _, weights = cross_attention_pool(q, k, v, borders, return_weights=drops)
+        if weights is not None:
+            # Dropped after the softmax, so what is left need not add up to one.
+            columns = spec.queries * spec.heads
+            left = dropped(weights.reshape(-1, columns), spec.dropout, draw_seed(bags, use=5))
+            left = left.view_as(weights).transpose(1, 2).contiguous()
+            pooled = gather(left, v.to(left.dtype), borders)[0].transpose(1, 2)
         recycled: Tensor = self.out(pooled.flatten(2).to(self.out.weight.dtype))
         if not drops:
             return recycled
         rows = recycled.flatten(0, 1)
         return dropped(rows, spec.dropout, draw_seed(bags, use=6)).view_as(recycled)
-
-    def _dropping(self, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, seed: int) -> Tensor:
-        """Return what the queries pool (B, k, H, d) where weights are dropped after the softmax.
-
-        Σ of the weights that are left times v is the softmax over those alone, times their share of
-        the whole: exp(lse left − lse whole). So no weight of a tile is ever kept.
-        """
-        spec = self.spec
-        ones = q.new_ones(len(k), spec.heads * spec.queries)
-        is_dropped = (dropped(ones, spec.dropout, seed) == 0).view(len(k), spec.heads, spec.queries)
-        scores = torch.einsum("thd,qhd->htq", k.to(q.dtype), q) * spec.head**-0.5
-        found = []
-        for head in range(spec.heads):
-            values = v[:, head].contiguous()
-            left = segment_softmax_pool(
-                scores[head], values, borders, mask=is_dropped[:, head].contiguous()
-            )
-            whole = segment_softmax_pool(scores[head], values[:, :1].contiguous(), borders)
-            share = (left.lse - whole.lse).exp() / (1 - spec.dropout)
-            found.append(left.pooled * share[..., None])
-        return torch.stack(found, 2)
 
 
 def _borders(lengths: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     "abmil": (
         {"gated": True, "attention_dropout": 0.25},
         {"gate": "relu", "activation": "gelu", "attention_bias": False, "init": "xavier"},
+        {"projection": False, "hidden": 512, "gated": True, "attention": 16},
     ),
     "acmil": (
         {"branches": 1},
