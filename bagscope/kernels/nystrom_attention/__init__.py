@@ -9,7 +9,7 @@ exp(0) and are averaged into landmarks; no softmax for small bags) and `shared_s
 the pseudo-inverse scaled by the largest sums of all heads, in place of each head's own).
 
 Shapes: T rows of all bags, H heads, d features per head: q, k, v and out (T, H, d). The bag is
-read in chunks; S₁ and S₃ exist for a chunk of rows alone. Kept for backward: q, k, v, out, its lse
+read in chunks; S₁ and S₃ exist for a chunk of rows alone. Kept for backward: q, k, v, the rows' lse
 (T, H), the landmarks' answers S₃ V, and 64·m²·H bytes per bag for the pseudo-inverse (which is made
 anew where all bags' don't fit `dispatch.kept_bytes()`); weights are computed again. Operations:
 8·n·m·H·d forward, 2.5 times as many backward, and 42·m³·H and 64·m³·H for the pseudo-inverse.
@@ -31,7 +31,12 @@ from torch import Tensor
 
 from bagscope.kernels.dispatch import choose, kept_bytes, own_arithmetic
 from bagscope.kernels.nystrom_attention import cpu
-from bagscope.kernels.nystrom_attention.head_conv import head_conv
+from bagscope.kernels.nystrom_attention.head_conv import (
+    add_conv,
+    add_conv_backward,
+    head_conv,
+    require_taps,
+)
 from bagscope.kernels.nystrom_attention.landmarks import landmark_means, table_rows
 from bagscope.kernels.nystrom_attention.pseudo_inverse import matrices
 from bagscope.kernels.nystrom_attention.reference import nystrom_attention_reference
@@ -59,6 +64,7 @@ def nystrom_attention(
     zero_pads: bool = False,
     shared_start: bool = False,
     scale: float | None = None,
+    taps: Tensor | None = None,
     with_first_rows: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return out (T, H, d), and the weights (T, H) of each bag's first row where asked for.
@@ -73,6 +79,7 @@ def nystrom_attention(
         zero_pads: fill bags up with zeros in front, as published.
         shared_start: scale the pseudo-inverse's start over all heads of a bag, as published.
         scale: s, 1/√d by default.
+        taps: (H, W), W odd: the kernels of `head_conv`, whose convolution of v is added.
         with_first_rows: these weights carry no gradient.
 
     Raises:
@@ -90,8 +97,12 @@ def nystrom_attention(
             q, k, v, cu_seqlens, landmarks=landmarks, iterations=iterations,
             zero_pads=zero_pads, shared_start=shared_start, scale=scale,
         )  # fmt: skip
-        return out, None
-    out, _, row, *_ = _attend(q, k, v, cu_seqlens, *how, with_first_rows)
+        return out if taps is None else out + head_conv(v, taps, cu_seqlens), None
+    if taps is None:
+        taps = q.new_zeros(q.shape[1], 0, dtype=_exact(q))
+    else:
+        require_taps(q, taps)
+    out, _, row, *_ = _attend(q, k, v, taps, cu_seqlens, *how, with_first_rows)
     return out, row if with_first_rows else None
 
 
@@ -148,8 +159,8 @@ def _require_counts(landmarks: int, iterations: int) -> None:
 
 @torch.library.custom_op("bagscope::nystrom_attention", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, landmarks: int, iterations: int,
-    zero_pads: bool, shared_start: bool, scale: float, with_row: bool,
+    q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
+    iterations: int, zero_pads: bool, shared_start: bool, scale: float, with_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     require_borders(cu_seqlens, len(q))
     choose(_OP, q)
@@ -158,50 +169,56 @@ def _attend(
     kept = cpu.Kept(told, told_lse, inverses)
     with own_arithmetic():
         found = cpu.attend(q, k, v, cu_seqlens, kept, settings, with_row)
+        if taps.shape[1]:
+            add_conv(found[0], v, taps, cu_seqlens)
     return *found, told, told_lse, inverses
 
 
 @torch.library.custom_op("bagscope::nystrom_attention_backward", mutates_args=())
 def _attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, landmarks: int, iterations: int,
-    zero_pads: bool, shared_start: bool, scale: float,
-    out: Tensor, lse: Tensor, told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
+    iterations: int, zero_pads: bool, shared_start: bool, scale: float,
+    lse: Tensor, told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     settings = cpu.Settings(landmarks, iterations, zero_pads, shared_start, scale)
     kept = cpu.Kept(told, told_lse, inverses)
     with own_arithmetic():
-        return cpu.attend_backward(q, k, v, cu_seqlens, kept, settings, out, lse, grad)
+        grads = cpu.attend_backward(q, k, v, cu_seqlens, kept, settings, lse, grad)
+        if not taps.shape[1]:
+            return *grads, torch.zeros_like(taps)
+        return *grads, add_conv_backward(grads[2], v, taps, cu_seqlens, grad)
 
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, landmarks: int, iterations: int,
-    zero_pads: bool, shared_start: bool, scale: float, with_row: bool,
+    q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
+    iterations: int, zero_pads: bool, shared_start: bool, scale: float, with_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     lse = q.new_empty(q.shape[:2], dtype=_exact(q))
-    row = q.new_empty(q.shape[:2] if with_row else (0, q.shape[1]), dtype=_exact(q))
-    return q.new_empty(q.shape), lse, row, *_tables(q, cu_seqlens, landmarks, iterations, zero_pads)
+    row = lse.new_empty(q.shape[:2] if with_row else (0, q.shape[1]))
+    tables = _tables(q, cu_seqlens, landmarks, iterations, zero_pads)
+    return q.new_empty(q.shape), lse, row, *tables
 
 
 @_attend_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, landmarks: int, iterations: int,
-    zero_pads: bool, shared_start: bool, scale: float,
-    out: Tensor, lse: Tensor, told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
+    iterations: int, zero_pads: bool, shared_start: bool, scale: float,
+    lse: Tensor, told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(taps))  # type: ignore[return-value]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, cu_seqlens, *ctx.settings, _ = inputs
-    out, lse, row, *kept = output
+    q, k, v, taps, cu_seqlens, *ctx.settings, _ = inputs
+    _, lse, row, *kept = output
     ctx.mark_non_differentiable(lse, row, *kept)
-    ctx.save_for_backward(q, k, v, cu_seqlens, out, lse, *kept)
+    ctx.save_for_backward(q, k, v, taps, cu_seqlens, lse, *kept)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> Any:
-    q, k, v, cu_seqlens, *kept = ctx.saved_tensors
-    grads = _attend_backward(q, k, v, cu_seqlens, *ctx.settings, *kept, grad)
+    q, k, v, taps, cu_seqlens, *kept = ctx.saved_tensors
+    grads = _attend_backward(q, k, v, taps, cu_seqlens, *ctx.settings, *kept, grad)
     return *grads, *[None] * 7
 
 

@@ -91,7 +91,7 @@ def attend(
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kept: Kept, settings: Settings,
-    out: Tensor, lse: Tensor, grad: Tensor,
+    lse: Tensor, grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v."""
     exact, scale = kept.told.dtype, settings.scale
@@ -99,7 +99,7 @@ def attend_backward(
     for run in runs(cu_seqlens, settings.landmarks, settings.zero_pads):
         bag_q, bag_k, bag_v, bag_grad = (x[run.rows] for x in (q, k, v, grad))
         grad_q, grad_k, grad_v = (x[run.rows] for x in grads)
-        mine = (bag_grad, out[run.rows], lse[run.rows], grad_q)
+        mine = (bag_grad, lse[run.rows], grad_q)
         if not run.count:
             keys, values = _heads(bag_k, exact), _heads(bag_v, exact)
             of_keys, of_values = _ask_backward(bag_q, scale * keys, values, *mine)
@@ -205,16 +205,16 @@ def _ask(q: Tensor, asked: Tensor, values: Tensor, out: Tensor, lse: Tensor) -> 
 
 
 def _ask_backward(
-    q: Tensor, asked: Tensor, values: Tensor, grad: Tensor, out: Tensor, lse: Tensor, grad_q: Tensor
+    q: Tensor, asked: Tensor, values: Tensor, grad: Tensor, lse: Tensor, grad_q: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient of q; return those of `asked` and of the values."""
     of_asked, of_values = torch.zeros_like(asked), torch.zeros_like(values)
     for rows in _chunks(q):
         queries, grads = _heads(q[rows], asked.dtype), _heads(grad[rows], asked.dtype)
         weights = (queries @ asked.mT).sub_(lse[rows].T[..., None]).exp_()
-        delta = (grads * _heads(out[rows], asked.dtype)).sum(-1, keepdim=True)
         of_values.baddbmm_(weights.mT, grads)
-        along = (grads @ values.mT).sub_(delta).mul_(weights)
+        along = (grads @ values.mT).mul_(weights)
+        along.sub_(weights.mul_(along.sum(-1, keepdim=True)))
         grad_q[rows] = (along @ asked).transpose(0, 1)
         of_asked.baddbmm_(along.mT, queries)
     return of_asked, of_values

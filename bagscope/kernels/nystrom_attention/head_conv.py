@@ -3,19 +3,22 @@
     out_t = Σ_j taps_j x_{t + j − ⌊W/2⌋}          zeros beyond the bag's borders
 
 Shapes: x and out (T, H, d), taps (H, W), W odd. Rows are taken 32 at a time: each head's kernel is
-a banded matrix 32 × (31 + W), so that the convolution is one batched product. Kept: x. Memory: a
-padded copy of x, and of the gradient.
+a banded matrix 32 × (31 + W), so that the convolution is a batched product. Kept: x. Memory: a
+chunk of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bagscope.kernels.dispatch import choose, own_arithmetic
-from bagscope.kernels.segments import bag_of_tile, require_borders
+from bagscope.kernels.segments import CHUNK_ROWS, require_borders
 
 _BLOCK = 32
 
@@ -26,63 +29,82 @@ def head_conv(x: Tensor, taps: Tensor, cu_seqlens: Tensor) -> Tensor:
     Raises:
         ValueError: the kernels are not (H, W) with odd W, or the borders are wrong.
     """
+    require_taps(x, taps)
+    found: Tensor = _conv(x, taps, cu_seqlens)
+    return found
+
+
+def require_taps(x: Tensor, taps: Tensor) -> None:
+    """Refuse kernels that are not (H, W) with odd W.
+
+    Raises:
+        ValueError: says what they are.
+    """
     if x.ndim != 3 or taps.ndim != 2 or len(taps) != x.shape[1] or taps.shape[1] % 2 == 0:
         raise ValueError(
             f"x is {tuple(x.shape)} and taps {tuple(taps.shape)}; pass (T, H, d) and (H, W), W odd"
         )
-    found: Tensor = _conv(x, taps, cu_seqlens)
-    return found
 
 
 @torch.library.custom_op("bagscope::head_conv", mutates_args=())
 def _conv(x: Tensor, taps: Tensor, cu_seqlens: Tensor) -> Tensor:
     require_borders(cu_seqlens, len(x))
     choose("head_conv", x)
+    out = torch.zeros_like(x)
     with own_arithmetic():
-        return _convolved(x, taps.to(_exact(x)), _places(x, cu_seqlens, taps.shape[1]))
+        add_conv(out, x, taps, cu_seqlens)
+    return out
 
 
 @torch.library.custom_op("bagscope::head_conv_backward", mutates_args=())
 def _conv_backward(
     x: Tensor, taps: Tensor, cu_seqlens: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    places = _places(x, cu_seqlens, taps.shape[1])
-    exact = taps.to(_exact(x))
+    of_x = torch.zeros_like(x)
     with own_arithmetic():
-        of_x = _convolved(grad, exact.flip(1), places)
-        width = taps.shape[1] + _BLOCK - 1
-        reach = taps.shape[1] // 2
-        along = _blocks(x, places, width) @ _blocks(grad, places, width)[:, :, reach:-reach].mT
-        along = along.sum(0).mT.contiguous()
-    return of_x, _band(along, taps.shape[1]).sum(1).to(taps.dtype)
+        return of_x, add_conv_backward(of_x, x, taps, cu_seqlens, grad)
 
 
-def _convolved(x: Tensor, taps: Tensor, places: Tensor) -> Tensor:
-    banded = taps.new_zeros(len(taps), _BLOCK, _BLOCK + taps.shape[1] - 1)
-    _band(banded, taps.shape[1]).copy_(taps[:, None])
-    found = banded @ _blocks(x, places, banded.shape[2])
-    rows = found.transpose(1, 2).flatten(0, 1)
-    return rows[places - taps.shape[1] // 2].to(x.dtype)
+def add_conv(out: Tensor, x: Tensor, taps: Tensor, cu_seqlens: Tensor) -> None:
+    """Add the convolution of x to `out`."""
+    count = taps.shape[1]
+    banded = taps.new_zeros(len(taps), _BLOCK, _BLOCK + count - 1, dtype=_exact(x))
+    _band(banded, count).copy_(taps[:, None])
+    for rows, blocks in _windows(x, cu_seqlens, count):
+        found = (banded @ blocks).transpose(1, 2).flatten(0, 1)
+        out[rows] += found[: rows.stop - rows.start]
 
 
-def _blocks(x: Tensor, places: Tensor, width: int) -> Tensor:
-    """Return overlapping blocks of rows (blocks, H, width, d), zeros between bags."""
-    blocks = -(-int(places[-1]) // _BLOCK) if len(places) else 0
-    padded = x.new_zeros(blocks * _BLOCK + width, *x.shape[1:], dtype=_exact(x))
-    padded[places] = x.to(padded.dtype)
-    return padded.unfold(0, width, _BLOCK)[:blocks].transpose(-1, -2)
+def add_conv_backward(
+    of_x: Tensor, x: Tensor, taps: Tensor, cu_seqlens: Tensor, grad: Tensor
+) -> Tensor:
+    """Add the gradient of x to `of_x`; return that of the taps."""
+    add_conv(of_x, grad, taps.flip(1), cu_seqlens)
+    count = taps.shape[1]
+    along = taps.new_zeros(len(taps), _BLOCK, _BLOCK + count - 1, dtype=_exact(x))
+    each = (_windows(y, cu_seqlens, width) for y, width in ((grad, 1), (x, count)))
+    for (_, grads), (_, blocks) in zip(*each, strict=True):
+        along += (grads @ blocks.mT).sum(0)
+    return _band(along, count).sum(1).to(taps.dtype)
+
+
+def _windows(x: Tensor, cu_seqlens: Tensor, taps: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows, and the overlapping blocks (n, H, 31 + W, d) that their convolution reads."""
+    reach, width = taps // 2, _BLOCK + taps - 1
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        for first in range(start, stop, CHUNK_ROWS):
+            last = min(first + CHUNK_ROWS, stop)
+            spare = -(last - first) % _BLOCK
+            low, high = max(first - reach, start), min(last + reach, stop)
+            pads = (0, 0, 0, 0, low - (first - reach), last + reach - high + spare)
+            part = functional.pad(x[low:high].to(_exact(x)), pads)
+            yield slice(first, last), part.unfold(0, width, _BLOCK).transpose(-1, -2)
 
 
 def _band(matrix: Tensor, taps: int) -> Tensor:
     """Return a view (H, rows, W) of what stands in each row from its own column on."""
     heads, rows, columns = matrix.shape
     return matrix.as_strided((heads, rows, taps), (rows * columns, columns + 1, 1))
-
-
-def _places(x: Tensor, cu_seqlens: Tensor, taps: int) -> Tensor:
-    """Return where every row goes when half a kernel of zeros stands before each bag."""
-    bag = bag_of_tile(cu_seqlens, len(x))
-    return torch.arange(len(x), device=x.device) + (bag + 1) * (taps // 2)
 
 
 def _exact(x: Tensor) -> torch.dtype:

@@ -122,18 +122,20 @@ class Attention(nn.Module):
         self, x: Tensor, rows: Rows, narrow: torch.dtype, *, with_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is added to all rows (R, hidden), and the class tokens' weights (R, H)."""
-        parts = linear(self.norm(x).to(narrow), self.qkv).unflatten(1, (3, self.options.heads, -1))
-        q, k, v = parts.unbind(1)
+        x = self.norm(x).to(narrow)
+        x = x.to(computing_dtype(x))
+        # Three products, whose gradients need not be laid side by side.
+        q, k, v = (self._heads(x, weight) for weight in self.qkv.weight.chunk(3))
         weights = None
         if self.options.attention == "exact":
             found = varlen_self_attention(q, k, v, rows.borders)
+            found = found + head_conv(v, self.taps, rows.borders)
             if with_weights:
                 weights = _softmax_rows(q[rows.first], k, rows.borders)
         else:
             found, weights = nystrom_attention(
-                q, k, v, rows.borders, with_first_rows=with_weights, **self.how
+                q, k, v, rows.borders, taps=self.taps, with_first_rows=with_weights, **self.how
             )
-        found = found + head_conv(v, self.taps, rows.borders)
         return linear(found.flatten(1), self.out), weights
 
     def of_class_tokens(self, x: Tensor, rows: Rows, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -142,17 +144,14 @@ class Attention(nn.Module):
         x = self.norm(x).to(narrow)
         x = x.to(computing_dtype(x))
         of_q, of_k, of_v = self.qkv.weight.chunk(3)
-        first, k = (
-            functional.linear(part, weight.to(part.dtype)).unflatten(1, (heads, -1))
-            for part, weight in ((x[rows.first], of_q), (x, of_k))
-        )
+        first, k = self._heads(x[rows.first], of_q), self._heads(x, of_k)
         if self.options.attention == "exact":
             weights = _softmax_rows(first, k, rows.borders)
         else:
             means = landmark_means(
                 x, rows.borders, self.how["landmarks"], zero_pads=self.how["zero_pads"]
             )
-            means = functional.linear(means, of_q.to(means.dtype)).unflatten(1, (heads, -1))
+            means = self._heads(means, of_q)
             weights = nystrom_first_rows(first, means, k, rows.borders, **self.how)
         # The convolution at a class token: the taps are more weight for what follows it.
         after = (
@@ -179,6 +178,11 @@ class Attention(nn.Module):
             return found[..., :width]
 
         return pulled_through(attend, weights, q)
+
+    def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x times a third of the weight, (R, H, d)."""
+        found = functional.linear(x, weight.to(x.dtype))
+        return found.unflatten(1, (self.options.heads, -1))
 
 
 @register(
