@@ -105,6 +105,10 @@ def write_tables(
     if trusted:
         fields = ", ".join(trusted["fields"])
         said.append(f"taken on your word as those of {trusted['encoder']}: {fields} (unknown)")
+    if all(planned.bundle.members[place.name].ood is None for place in planned.chosen):
+        said.append(
+            "no case is flagged as unlike the training slides: what those look like is not known"
+        )
     return Written(table=table, cases=len(there), flagged=flagged, notes=tuple(said))
 
 
