@@ -20,7 +20,7 @@ from torch.nn import functional
 from bagscope.kernels.gated_scores.cpu import computing_dtype
 from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
 from bagscope.kernels.segments import bag_of_tile
-from bagscope.mil.aggregators.layers import draw_seed, dropped
+from bagscope.mil.aggregators.layers import draw_seed, dropped, in_parts
 from bagscope.mil.aggregators.query_scores import log_mean_weight
 from bagscope.mil.aggregators.registry import Aggregator, register
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
@@ -96,7 +96,7 @@ class AttentiveProbe(Aggregator):
         x, weight = self._tiles(bags), self.classifier.weight
         wide = x.to(weight.dtype)
         if self.options.pooled == "all":
-            each = weight.unflatten(1, (self.options.queries, -1))
+            each = in_parts(weight, self.options.queries)
             values = torch.einsum("td,cmd->tmc", wide, each)
         else:
             values = torch.einsum("tmd,cmd->tmc", self._groups(wide), self._groups(weight))
@@ -121,7 +121,7 @@ class AttentiveProbe(Aggregator):
     def _groups(self, x: Tensor) -> Tensor:
         """Return channels (..., D) in groups (..., M, d); zeros fill the last ones up."""
         wide = functional.pad(x, (0, self.group * self.options.queries - self.features))
-        return wide.unflatten(-1, (self.options.queries, self.group))
+        return in_parts(wide, self.options.queries)
 
     def _own(self, pooled: Tensor) -> Tensor:
         """Return of all that the queries pooled (B, M, D) each one's group of channels: (B, D)."""

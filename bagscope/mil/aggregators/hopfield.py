@@ -18,7 +18,7 @@ from torch.nn import functional
 from bagscope.kernels.cross_attention_pool import cross_attention_pool, retrieve
 from bagscope.kernels.gated_scores.cpu import computing_dtype
 from bagscope.kernels.segments import bag_of_tile
-from bagscope.mil.aggregators.layers import draw_seed, dropped
+from bagscope.mil.aggregators.layers import draw_seed, dropped, in_parts
 from bagscope.mil.aggregators.query_scores import log_mean_weight, log_weights, query_scores
 from bagscope.mil.aggregators.registry import Aggregator, register
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
@@ -102,8 +102,8 @@ class Hopfield(Aggregator):
         With updates, a tile's scores depend on the tiles beside it.
         """
         found = self._associate(bags)
-        classes = self.classifier.weight.unflatten(1, (self.options.states, -1))
-        heads = self.out.weight.unflatten(1, (self.options.heads, -1))
+        classes = in_parts(self.classifier.weight, self.options.states)
+        heads = in_parts(self.out.weight, self.options.heads)
         weight = torch.einsum("cmf,fhd->mhcd", classes, heads)
         values = torch.einsum("thd,mhcd->tmhc", found.values.to(weight.dtype), weight)
         return PoolingTerms(
@@ -127,8 +127,8 @@ class Hopfield(Aggregator):
         x = bags.features.to(computing_dtype(bags.features))
         x = functional.layer_norm(x, x.shape[1:], eps=self.norm_key.eps)
         kv = functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
-        k, v = kv.unflatten(1, (2, options.heads, -1)).unbind(1)
-        q = q.unflatten(1, (options.heads, -1))
+        k, v = (in_parts(half, options.heads) for half in kv.chunk(2, 1))
+        q = in_parts(q, options.heads)
         bag = None
         if options.update_steps:
             q = retrieve(

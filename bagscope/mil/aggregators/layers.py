@@ -57,6 +57,11 @@ def affine(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return layer.weight, layer.bias
 
 
+def in_parts(x: Tensor, parts: int) -> Tensor:
+    """Return x (..., D) with its last axis in equal parts: (..., parts, D / parts)."""
+    return x.reshape(*x.shape[:-1], parts, x.shape[-1] // parts)
+
+
 def xavier(module: nn.Module) -> None:
     """Set weights of all linear layers by Xavier's normal rule and their biases to zero."""
     for layer in module.modules():

@@ -25,7 +25,7 @@ from bagscope.kernels.linear_attention.halves import ask
 from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
 from bagscope.kernels.segments import bag_of_tile
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
-from bagscope.mil.aggregators.layers import linear
+from bagscope.mil.aggregators.layers import in_parts, linear
 from bagscope.mil.aggregators.mamba import Way
 
 _EPS = 1e-8
@@ -46,8 +46,8 @@ class RegionAttention(nn.Module):
 
     def forward(self, x: Tensor, regions: Way) -> Tensor:
         """Return (T, hidden) of tiles (T, hidden) in regions."""
-        rows = linear(regions.along(x), self.qkv)
-        q, k, v = rows.unflatten(1, (3, self.heads, -1)).unbind(1)
+        parts = linear(regions.along(x), self.qkv).chunk(3, 1)
+        q, k, v = (in_parts(part, self.heads) for part in parts)
         if self.epeg is not None:
             q = q + convolved(q, self.epeg.to(q.dtype), regions.borders)
         found = varlen_self_attention(q, k, v, regions.borders).flatten(1)
@@ -70,8 +70,8 @@ class CrossRegionAttention(nn.Module):
         rows = regions.along(x)
         logits = (rows @ self.phi.to(rows.dtype)).to(self.phi.dtype)
         pooled = segment_softmax_pool(logits, rows, regions.borders).pooled
-        told = self._between(pooled.unflatten(0, (bags, -1)), regions.borders.diff() > 0)
-        told = told.flatten(0, 1).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        told = self._between(pooled.view(bags, -1, *pooled.shape[1:]), regions.borders.diff() > 0)
+        told = in_parts(told.flatten(0, 1), self.heads).transpose(1, 2)
         weights = logits.softmax(1) * min_max(logits, regions.borders)
         found = ask(
             weights[:, None].expand(-1, self.heads, -1).contiguous(),
@@ -82,8 +82,8 @@ class CrossRegionAttention(nn.Module):
 
     def _between(self, rows: Tensor, is_there: Tensor) -> Tensor:
         """Return what representatives (B, g², n, hidden) learn of those of regions that exist."""
-        parts = self.qkv(rows).unflatten(3, (3, self.heads, -1))
-        q, k, v = (part.permute(0, 2, 3, 1, 4) for part in parts.unbind(3))
+        parts = self.qkv(rows).chunk(3, 3)
+        q, k, v = (in_parts(part, self.heads).permute(0, 2, 3, 1, 4) for part in parts)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         is_there = is_there.view(len(rows), 1, 1, 1, -1)
         weights = scores.masked_fill(~is_there, -torch.inf).softmax(-1)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from bagscope.kernels.cross_attention_pool import cross_attention_pool
 from bagscope.kernels.linear_attention.agent import ask_agents
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
-from bagscope.mil.aggregators.layers import linear
+from bagscope.mil.aggregators.layers import in_parts, linear
 from bagscope.mil.aggregators.query_scores import log_weights, query_scores
 
 
@@ -84,7 +84,7 @@ class MAB(nn.Module):
         return self._finish(q, found)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return in_parts(x, self.heads)
 
     def _finish(self, q: Tensor, found: Tensor) -> Tensor:
         dtype = self.fc_o.weight.dtype

@@ -83,6 +83,7 @@ class SetTransformer(Aggregator):
                 h = dropped(h, self.dropout, draw_seed(bags, use))
         z, weights = self.pooling(h.to(narrow), borders)
         for block in self.decoder:
+            assert isinstance(block, MAB)
             z = block.between_rows(z)
         embedding = z.mean(1)
         return BagOutput(
