@@ -1,4 +1,8 @@
-"""PackMIL, as its authors name the layers: attention pooling, and the regime around it."""
+"""PackMIL, as its authors name the layers: attention pooling, and the regime around it.
+
+A checkpoint without a downsampler is attention pooling, which needs no regime to predict. One with
+a downsampler is `REGIME`'s.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,41 @@ from collections.abc import Mapping
 
 from bagscope.mil.originals.mapping import Original
 
-_POOLING = {
+_POOLING: Mapping[str, str] = {
     "embed.0": "attention.projection",
     "aggregate.attention.0": "attention.v",
     "aggregate.attention.2": "attention.w",
 }
-DOWNSAMPLER: Mapping[str, str] = {
+_DOWNSAMPLER: Mapping[str, str] = {
     "attention.0": "v",
     "attention.2": "w",
     "embed.0": "embed",
     "downsample": "out",
 }
 
+
+def _around(theirs: str, ours: str, layers: Mapping[str, str]) -> dict[str, str]:
+    return {f"{theirs}{name}": f"{ours}{own}" for name, own in layers.items()}
+
+
+DOWNSAMPLER = Original(aggregator="abmil", layers=_DOWNSAMPLER)
+REGIME = Original(
+    aggregator="abmil",
+    layers={
+        **_around("mil.", "inner.", _POOLING),
+        **_around("downsampler.", "downsampler.", _DOWNSAMPLER),
+        "predictor": "inner.classifier",
+    },
+)
 ORIGINALS: dict[str, Original] = {
-    "packmil-packed": Original(aggregator="abmil", layers={**_POOLING, "classifier": "classifier"}),
-    # Ours are those of the regime around it.
     "packmil": Original(
         aggregator="abmil",
-        layers={
-            **{f"mil.{theirs}": f"inner.{ours}" for theirs, ours in _POOLING.items()},
-            **{
-                f"downsampler.{theirs}": f"downsampler.{ours}"
-                for theirs, ours in DOWNSAMPLER.items()
-            },
-            "predictor": "inner.classifier",
-        },
+        layers={**_around("mil.", "", _POOLING), "predictor": "classifier"},
+        options={"activation": "gelu"},
     ),
-    "packmil-ads": Original(aggregator="abmil", layers=DOWNSAMPLER),
+    "packmil-packed": Original(
+        aggregator="abmil",
+        layers={**_POOLING, "classifier": "classifier"},
+        options={"activation": "gelu"},
+    ),
 }

@@ -15,7 +15,8 @@ from bagscope.mil.aggregators.registry import build_aggregator
 from bagscope.mil.bags import Bags
 from bagscope.mil.objectives.objective import build_objective
 from bagscope.mil.objectives.spec import ObjectiveSpec
-from bagscope.mil.originals import from_original
+from bagscope.mil.originals.mapping import Original
+from bagscope.mil.originals.packmil import DOWNSAMPLER, ORIGINALS, REGIME
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.regimes import hyperslides, packmil
 from bagscope.mil.regimes.downsampler import Downsampler
@@ -45,17 +46,17 @@ def close(found: Tensor, wanted: Tensor, what: str) -> None:
     )
 
 
-def own(tensors: dict[str, Tensor], prefix: str, source: str, model: torch.nn.Module) -> Any:
+def own(tensors: dict[str, Tensor], prefix: str, source: Original, model: torch.nn.Module) -> Any:
     theirs = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix) and name != "grad/x"
     }
-    return from_original(source, theirs, model.state_dict())
+    return source.renamed("packmil", theirs, model.state_dict())
 
 
 def compare_gradients(
-    tensors: dict[str, Tensor], source: str, model: torch.nn.Module, loss: Tensor
+    tensors: dict[str, Tensor], source: Original, model: torch.nn.Module, loss: Tensor
 ) -> None:
     torch.autograd.backward(loss)
     for name, wanted in own(tensors, "grad/", source, model).items():
@@ -158,7 +159,7 @@ def test_downsampler(file: str) -> None:
     config = meta["config"]
     x = tensors["input/x"].clone().requires_grad_()
     model = Downsampler(x.shape[1], config["r"], attention=config["attention_hidden"])
-    model.load_state_dict(own(tensors, "weights/", "packmil-ads", model))
+    model.load_state_dict(own(tensors, "weights/", DOWNSAMPLER, model))
     borders = torch.tensor([0, len(x)], dtype=torch.int32)
     if "input/permutation" in tensors:
         kept = tensors.get("input/kept_coordinates")
@@ -172,7 +173,7 @@ def test_downsampler(file: str) -> None:
     else:
         found = model(x, borders)
     close(found, tensors["output/out"], "out")
-    compare_gradients(tensors, "packmil-ads", model, (found * tensors["input/cotangent"]).sum())
+    compare_gradients(tensors, DOWNSAMPLER, model, (found * tensors["input/cotangent"]).sum())
     assert x.grad is not None
     close(x.grad, tensors["grad/x"], "x")
 
@@ -191,7 +192,7 @@ def test_packed_slides_are_isolated(file: str) -> None:
             "activation": config["activation"],
         },
     ).eval()
-    model.load_state_dict(own(tensors, "weights/", "packmil-packed", model))
+    model.load_state_dict(own(tensors, "weights/", ORIGINALS["packmil-packed"], model))
     lengths = config["lengths"]
     packs = next_fit(lengths, config["pack_capacity"])
     filled = torch.zeros(max(packs) + 1, dtype=torch.int64)
@@ -205,7 +206,7 @@ def test_packed_slides_are_isolated(file: str) -> None:
         close(logits, tensors[f"output/{name}"], name)
     loss = functional.cross_entropy(logits, tensors["input/label"])
     close(loss, tensors["output/loss_total"], "loss")
-    compare_gradients(tensors, "packmil-packed", model, loss)
+    compare_gradients(tensors, ORIGINALS["packmil-packed"], model, loss)
 
 
 # --- whole steps --------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ def test_step(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     model = build_model(recipe, config["in_features"], classes).train()
     assert isinstance(model, packmil.PackMIL)
-    model.load_state_dict(own(tensors, "weights/", "packmil", model))
+    model.load_state_dict(own(tensors, "weights/", REGIME, model))
     target = TargetSpec(column="label", classes=tuple(map(str, range(classes))))
     objective = build_objective([target], ObjectiveSpec(terms={"residual": config["aux_alpha"]}))
     label = tensors["input/label"]
@@ -303,6 +304,10 @@ def test_step(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
         [tensors[f"input/x{slide}"] for slide in range(len(label))],
         targets={"label": label.double()[:, None]},
     )
+    if model.downsampler is None:
+        # What is published without one is the aggregator itself.
+        plain = own(tensors, "weights/", ORIGINALS["packmil"], model.inner)
+        assert all(torch.equal(plain[name], w) for name, w in model.inner.state_dict().items())
     asked: list[Tensor] = []
     model.inner.register_forward_hook(lambda *call: asked.append(call[2].logits))
     merged: list[Tensor] = []
@@ -328,7 +333,7 @@ def test_step(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "loss_total": found.total,
     }.items():
         close(value, tensors[f"output/{name}"], name)
-    compare_gradients(tensors, "packmil", model, found.total)
+    compare_gradients(tensors, REGIME, model, found.total)
 
 
 def objective_of(model: packmil.PackMIL) -> Any:
