@@ -17,6 +17,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("clam_sb", {"hidden": 16, "dropout": 0.25}),
     ("acmil", {"hidden": 16, "branches": 2, "stkim_k": 4}),
     ("acmil", {"hidden": 16, "branches": 2, "attention": "multihead", "dropout": 0.25}),
+    ("dsmil", {"hidden": 16, "v": "passing", "dropout": 0.25, "value_dropout": 0.1}),
+    ("dtfd", {"hidden": 16, "distil": "maxmins", "dropout": 0.25}),
+    ("ilra", {"hidden": 16, "rank": 2, "dropout": 0.25}),
 ]
 STEPS = 10
 
