@@ -179,6 +179,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
         ArtifactError: no features.
     """
     from bagscope.features.store import FeatureStore
+    from bagscope.mil.sources import StoreSource
     from bagscope.pipeline.splits import split_spec
     from bagscope.pipeline.train_data import (
         find_features,
@@ -208,7 +209,8 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
     )
     store = FeatureStore.open(location)
     record = store.record(table.cases[0].slide_ids[0])
-    unheeded = require_learnable(recipe, table, plan, record.shape[1])
+    first = StoreSource(store, table.cases[:1])
+    unheeded = require_learnable(recipe, table, plan, record.shape[1], first)
     folder = study.folder / "runs" / (request.name or Path(request.recipe).stem)
     count = len(plan.splits) * len(request.seeds)
     cores = available_cores()

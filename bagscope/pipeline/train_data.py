@@ -12,8 +12,10 @@ from bagscope.errors import ArtifactError, CohortError, ConfigError, SchemaError
 from bagscope.features.store import FeatureStore
 from bagscope.mil.cases import CaseTable, Per, cases_of, listed
 from bagscope.mil.objectives.objective import build_objective
+from bagscope.mil.places import require_places
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.regimes.registry import build_model, refuse_impossible
+from bagscope.mil.sources import BagSource
 from bagscope.mil.splits.checking import examine_splits
 from bagscope.mil.splits.files import read_splits, was_edited, write_splits
 from bagscope.mil.splits.making import make_splits
@@ -86,9 +88,20 @@ def labelled_cases(
 
 
 def require_learnable(
-    recipe: TrainSpec, table: CaseTable, plan: SplitPlan, dimension: int
+    recipe: TrainSpec,
+    table: CaseTable,
+    plan: SplitPlan,
+    dimension: int,
+    source: BagSource | None = None,
 ) -> tuple[str, ...]:
     """Refuse what no member could be trained with, before any is started; return notes.
+
+    Args:
+        recipe: of the members.
+        table: the cases and their labels.
+        plan: the splits.
+        dimension: of the features.
+        source: of a case, to see whether tiles have the places that a model goes by.
 
     Raises:
         ConfigError: an aggregator or options of it that there are not, or that teach nothing; a
@@ -99,7 +112,9 @@ def require_learnable(
     objective.require_step_of(recipe.bags.bags_per_step)
     refuse_impossible(recipe, table.targets)
     with torch.random.fork_rng(devices=[]):
-        build_model(recipe, dimension, objective.outputs)
+        model = build_model(recipe, dimension, objective.outputs)
+    if source is not None:
+        require_places(model, recipe, source)
     for split in plan.splits:
         cases = table.chosen(split.train)
         labels = {

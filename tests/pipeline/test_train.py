@@ -217,6 +217,12 @@ def test_members_of_survival_with_bins_of_their_own_can_be_judged(folder: Path) 
     assert len(found.answers(found.target()).case) == len(rows)
 
 
+def test_tiles_without_the_places_that_a_model_goes_by_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"goes by distances in micrometres, and .* has no coord"):
+        trained(folder, recipe="vit_alibi", settings={})
+    assert not (folder / "study" / "runs").exists()
+
+
 def test_a_seed_twice_is_refused_before_anything_is_written(folder: Path) -> None:
     before = files_of(folder)
     with pytest.raises(ConfigError, match=r"seeds are 0, 1, 0; give each once"):

@@ -66,6 +66,11 @@ class Aggregator(nn.Module):
         """Return whether tiles without places on a lattice are refused."""
         return False
 
+    @property
+    def needs_micrometres(self) -> bool:
+        """Return whether tiles without places in micrometres are refused."""
+        return False
+
     @classmethod
     def refuse(cls, recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
         """Refuse a recipe or targets that can't be learnt from.

@@ -141,6 +141,18 @@ class ViT(Aggregator):
             entropy=entropy,
         )
 
+    @property
+    def needs_grid(self) -> bool:
+        """Return whether tiles are told apart by their places."""
+        options = self.options
+        by_lattice = options.mixer == "neighbours" or options.window > 0 or options.local
+        return by_lattice or self.needs_micrometres
+
+    @property
+    def needs_micrometres(self) -> bool:
+        """Return whether tiles are told apart by their places in micrometres."""
+        return self.options.mixer == "alibi"
+
     def pooling_terms(self, bags: Bags) -> PoolingTerms | None:
         """Return each tile's score and its class logits at weight 1, beside the tiles it has."""
         if self.options.pooling == "class":

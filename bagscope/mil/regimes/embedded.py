@@ -68,3 +68,8 @@ class Embedded(Aggregator):
     def needs_grid(self) -> bool:
         """Return whether the aggregator does."""
         return self.aggregator.needs_grid
+
+    @property
+    def needs_micrometres(self) -> bool:
+        """Return whether tiles without places in micrometres are refused."""
+        return self.aggregator.needs_micrometres

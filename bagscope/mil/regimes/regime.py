@@ -52,10 +52,12 @@ class Preparation:
     Attributes:
         recipe: of it, without a regime that needs one itself.
         seen: what it sees of a source.
+        targets: that it learns; the run's if None.
     """
 
     recipe: TrainSpec
     seen: Callable[[BagSource], BagSource] = lambda source: source
+    targets: tuple[TargetSpec, ...] | None = None
 
 
 class Regime(Aggregator):
@@ -102,6 +104,11 @@ class Regime(Aggregator):
     def needs_grid(self) -> bool:
         """Return whether tiles without places on a lattice are refused."""
         return self.inner.needs_grid
+
+    @property
+    def needs_micrometres(self) -> bool:
+        """Return whether tiles without places in micrometres are refused."""
+        return self.inner.needs_micrometres
 
     @classmethod
     def refuse(cls, recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:

@@ -28,6 +28,7 @@ from bagscope.mil.inference import DTYPES, infer
 from bagscope.mil.loading import Batch, Prefetched, Presentation, Step, load_batch, plan_epoch
 from bagscope.mil.objectives.fitted import Counts, FittedObjective, Losses
 from bagscope.mil.objectives.objective import build_objective
+from bagscope.mil.places import require_places
 from bagscope.mil.recipe import BagSpec, TrainSpec
 from bagscope.mil.regimes.regime import Regime
 from bagscope.mil.regimes.registry import build_model, refuse_impossible
@@ -152,7 +153,7 @@ class Trainer:
         objective.require_step_of(recipe.bags.bags_per_step)
         self.objective = objective.fit(self._labels)
         self.model = build_model(recipe, train.dimension, objective.outputs).to(self._device)
-        _require_grid(self.model, recipe, train)
+        require_places(self.model, recipe, train)
         self._forward: Callable[[Bags], BagOutput] = self.model
         if isinstance(self.model, Regime):
             self.model.begin(self.objective)
@@ -202,7 +203,7 @@ class Trainer:
             return
         trainer = Trainer(
             first.recipe,
-            self.targets,
+            first.targets or self.targets,
             first.seen(self._train),
             None if self._inner is None else first.seen(self._inner),
             seed=self._seed,
@@ -485,12 +486,3 @@ def _labels(source: BagSource) -> dict[str, NDArray[np.float64]]:
     return {
         name: np.array([case.targets[name] for case in source.cases], np.float64) for name in names
     }
-
-
-def _require_grid(model: Aggregator, recipe: TrainSpec, source: BagSource) -> None:
-    if model.needs_grid and source.grid(0) is None:
-        raise ConfigError(
-            f"aggregator {recipe.aggregator.name} with these options goes by the tiles' places on "
-            f"the lattice, and {source.cases[0].case_id} has none; extract features with places, "
-            "or choose options that do without"
-        )

@@ -14,8 +14,11 @@ from bagscope.errors import ConfigError
 from bagscope.mil.aggregators.registry import build_aggregator
 from bagscope.mil.aggregators.vit import ViT
 from bagscope.mil.bags import Bags
+from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.training.trainer import Trainer
 from tests.kernels.packed import normal
 from tests.mil.aggregators.test_mixers import bags_of
+from tests.mil.made_bags import TARGET, made_source
 
 SMALL: dict[str, Any] = {"hidden": 16, "layers": 2, "heads": 4, "attention": 8}
 
@@ -131,6 +134,24 @@ def test_dropout_of_a_layer_is_drawn_anew_in_every_layer_and_step() -> None:
     block: Any = model.blocks[0]
     ones = torch.ones(30, 16)
     assert not torch.equal(block._dropped(ones, 1), block._dropped(ones, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"mixer": "alibi"}, "goes by distances in micrometres, and c000 has no coordinates"),
+        ({"mixer": "neighbours"}, "goes by the tiles' places on the lattice, and c000 has none"),
+        ({"mixer": "inline", "local": True}, "and c000 has none"),
+        ({"mixer": "agent", "agents": 4, "window": 3}, "and c000 has none"),
+    ],
+)
+def test_training_without_the_places_is_refused_before_it_starts(
+    options: dict[str, Any], what: str
+) -> None:
+    aggregator = {"name": "vit", "options": {**SMALL, **options}}
+    recipe = TrainSpec.model_validate({"aggregator": aggregator})
+    with pytest.raises(ConfigError, match=what):
+        Trainer(recipe, [TARGET], made_source(12), None, seed=0)
 
 
 @pytest.mark.parametrize(
