@@ -174,14 +174,23 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, cu_seqlens, ctx.scale, ctx.has_weights = inputs
+    q, k, v, cu_seqlens, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens, *output)
+    # Retrieval looks at the weights and learns nothing through them: no gradient is made for it.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor, grad_weights: Tensor) -> Any:
+def _differentiate(
+    ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None
+) -> Any:
     q, k, v, cu_seqlens, pooled, lse, weights = ctx.saved_tensors
-    delta = (grad * pooled).sum(-1) - grad_lse
-    if ctx.has_weights:
+    grad = torch.zeros_like(pooled) if grad is None else grad
+    delta = (grad * pooled).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    if grad_weights is None or not len(grad_weights):
+        grad_weights = lse.new_zeros(0, *lse.shape[1:])
+    else:
         bags = bag_of_tile(cu_seqlens, len(k))
         delta = delta.index_add(0, bags, weights * grad_weights)
     grads = _backward(q, k, v, cu_seqlens, ctx.scale, lse, grad, delta, grad_weights)
