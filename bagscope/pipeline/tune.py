@@ -307,11 +307,24 @@ def _fitting(space: Space, recipe: TrainSpec, *, given: bool) -> Space:
                 f"search space: {name} changes what the validation loss is measured in, so trials "
                 "can't be compared by it; choose it with --set, and compare runs"
             )
-    for end in (0, -1):
-        options = {name: where.ends[end] for name, where in fitting.items()}
-        found = with_options(recipe, options).aggregator
-        parse_spec(entry.options, found.options, where=f"search space: aggregator {found.name}")
+    try:
+        _try_ends(fitting, recipe)
+    except ConfigError:
+        if given:
+            raise
+        # What it has it need not take: a model without a projection has no width of one.
+        fitting = {k: where for k, where in fitting.items() if not k.startswith("aggregator.")}
     return fitting
+
+
+def _try_ends(space: Space, recipe: TrainSpec) -> None:
+    from bagscope.mil.aggregators.registry import aggregator_entry
+
+    for end in (0, -1):
+        options = {name: where.ends[end] for name, where in space.items()}
+        found = with_options(recipe, options).aggregator
+        where = f"search space: aggregator {found.name}"
+        parse_spec(aggregator_entry(found.name).options, found.options, where=where)
 
 
 def _require_name(planned: PlannedRun, *, overwrite: bool) -> None:

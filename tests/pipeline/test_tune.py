@@ -235,6 +235,10 @@ def test_the_default_space_is_what_the_aggregator_has(folder: Path) -> None:
     (folder / "small.yaml").write_text("aggregator: {name: mean}\n")
     (task, *_) = tasks_of(folder, space=None).values()
     assert {"optimiser.lr", "optimiser.weight_decay"} <= set(task.space)
+    # It has a width of a projection, but here no projection.
+    (folder / "small.yaml").write_text("aggregator: {name: abmil, options: {projection: false}}\n")
+    (task, *_) = tasks_of(folder, space=None).values()
+    assert set(task.space) == {"optimiser.lr", "optimiser.weight_decay"}
 
 
 def test_without_optuna_it_says_how_to_get_it(

@@ -414,10 +414,12 @@ def narrow(name: str, epochs: int) -> TrainSpec:
     )
 
 
-@pytest.mark.parametrize("name", ["mhim_v1", "mhim_v2"])
-def test_what_one_tile_in_ten_shows_is_learnt(name: str) -> None:
-    made = planted_bags(120, dimension=8, tiles=(40, 60), share=0.1, seed=5)
-    of_bags, of_tiles = said_of(narrow(name, 10), made, train=60, inner=20)
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("mhim_v1", 6), pytest.param("mhim_v2", 16, marks=pytest.mark.slow)]
+)
+def test_what_one_tile_in_ten_shows_is_learnt(name: str, epochs: int) -> None:
+    made = planted_bags(90, dimension=8, tiles=(40, 60), share=0.1, seed=5)
+    of_bags, of_tiles = said_of(narrow(name, epochs), made, train=48, inner=12)
     assert of_bags >= 0.9
     assert of_tiles >= 0.9
 
