@@ -53,6 +53,7 @@ class SlideRecord:
         attributes: of the tiles (`TILE_ATTRIBUTES`), as far as they are known, as plain values.
         recorded: versions, device, batch size, ...; never compared.
         source: file or URL, for messages.
+        parent: (N,) int64, the coarser tile that holds each one, of features of two resolutions.
     """
 
     slide_id: str
@@ -67,6 +68,7 @@ class SlideRecord:
     attributes: Mapping[str, Any]
     recorded: Mapping[str, Json]
     source: str
+    parent: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,17 +182,21 @@ class FeatureStore:
         """Open a folder of feature files, or a Zarr store in a folder or at a URL.
 
         Args:
-            location: of the store.
+            location: of the store; FINE::COARSE are two of aligned tilings (`aligned_store`).
             only: slides that it is to know; it then knows of no other, nor where one would lie.
 
         Raises:
             ArtifactError: nothing there, no features in it, or none of a slide of `only`.
             SchemaError: a Zarr store that was never completed.
         """
-        from bagscope.features import zarr_store
+        from bagscope.features import aligned_store, zarr_store
 
         text = str(location)
         kept = None if only is None else tuple(sorted(only))
+        if places := aligned_store.two_of(text):
+            return cls(
+                text, aligned_store.AlignedBackend(*(cls.open(p, only) for p in places)), kept
+            )
         if zarr_store.is_zarr_location(text):
             return cls(text, zarr_store.ZarrBackend(text, kept), kept)
         return cls(text, FolderBackend(Path(text), kept), kept)

@@ -160,6 +160,9 @@ class _TwoBags:
     def grid(self, index: int) -> NDArray[np.int32] | None:
         return self._bags[index].grid
 
+    def parent(self, index: int) -> NDArray[np.int64] | None:
+        return self._bags[index].parent
+
     def read(self, index: int, rows: Rows | None = None) -> CaseBag:
         assert rows is None, "members are asked about whole bags"
         return self._bags[index]

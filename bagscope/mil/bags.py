@@ -29,6 +29,8 @@ class Bags:
         bag_ids: (B,) names.
         coords_l0: (T, 2) int32 level-0 (x, y), None where any slide has none.
         grid: (T, 2) int32 (column, row), None where any slide has none.
+        parent: (T,) int64, which coarser tile of its bag holds each tile, numbers of any kind; None
+            where the features are of one resolution.
         slide_ids: (S,) the slides of all bags.
         tile_slide: (T,) int32, index into `slide_ids`.
         tile_row: (T,) int32, the row in that slide's feature file.
@@ -46,6 +48,7 @@ class Bags:
     bag_ids: tuple[str, ...]
     coords_l0: Tensor | None = None
     grid: Tensor | None = None
+    parent: Tensor | None = None
     slide_ids: tuple[str, ...] = ()
     tile_slide: Tensor | None = None
     tile_row: Tensor | None = None
@@ -119,6 +122,7 @@ class Bags:
             bag_ids=self.bag_ids[bag : bag + 1],
             coords_l0=_cut(self.coords_l0, start, stop),
             grid=_cut(self.grid, start, stop),
+            parent=_cut(self.parent, start, stop),
             tile_slide=_cut(self.tile_slide, start, stop),
             tile_row=_cut(self.tile_row, start, stop),
             targets=None
@@ -135,7 +139,7 @@ class Bags:
         """
         per_tile: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[rows]
-            for name in ("coords_l0", "grid", "tile_slide", "tile_row")
+            for name in ("coords_l0", "grid", "parent", "tile_slide", "tile_row")
         }
         return replace(self, features=self.features[rows], cu_seqlens=cu_seqlens, **per_tile)
 
@@ -143,7 +147,15 @@ class Bags:
         """Return the batch on a device, its features in a dtype."""
         moved: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value.to(device)
-            for name in ("coords_l0", "grid", "tile_slide", "tile_row", "tile_um", "mpp_l0")
+            for name in (
+                "coords_l0",
+                "grid",
+                "parent",
+                "tile_slide",
+                "tile_row",
+                "tile_um",
+                "mpp_l0",
+            )
         }
         targets = self.targets
         return replace(

@@ -173,6 +173,7 @@ def load_batch(
     slides = np.cumsum([0, *(len(bag.slide_ids) for bag in bags)])
     has_coords = all(bag.coords_l0 is not None for bag in bags)
     has_grid = all(bag.grid is not None for bag in bags)
+    has_parents = all(bag.parent is not None for bag in bags)
     names = bags[0].case.targets
     return Bags(
         features=features,
@@ -180,6 +181,7 @@ def load_batch(
         bag_ids=tuple(bag.case.case_id for bag in bags),
         coords_l0=_cat([bag.coords_l0 for bag in bags]) if has_coords else None,
         grid=_cat([bag.grid for bag in bags]) if has_grid else None,
+        parent=_cat([bag.parent for bag in bags]) if has_parents else None,
         slide_ids=tuple(slide_id for bag in bags for slide_id in bag.slide_ids),
         tile_slide=_cat(
             [bag.tile_slide + np.int32(first) for bag, first in zip(bags, slides, strict=False)]

@@ -183,6 +183,9 @@ class _Kept:
     def grid(self, index: int) -> NDArray[np.int32] | None:
         return self._bag.grid
 
+    def parent(self, index: int) -> NDArray[np.int64] | None:
+        return self._bag.parent
+
     def read(self, index: int, rows: Rows | None = None) -> CaseBag:
         assert rows is None, "members are asked about whole bags"
         return self._bag

@@ -30,6 +30,8 @@ class CaseBag:
         features: (n, D) float16 or float32, in memory that may be written to.
         coords_l0: (n, 2) int32, None where any slide has none.
         grid: (n, 2) int32 (column, row), None where any slide has none.
+        parent: (n,) int64, which coarser tile of the case holds each tile; None where the features
+            are of one resolution.
         slide_ids: the case's slides.
         tile_slide: (n,) int32, index into `slide_ids`.
         tile_row: (n,) int32, the row in that slide's feature file.
@@ -46,6 +48,7 @@ class CaseBag:
     tile_row: NDArray[np.int32]
     tile_um: NDArray[np.float64]
     mpp_l0: NDArray[np.float64]
+    parent: NDArray[np.int64] | None = None
 
 
 class BagSource(Protocol):
@@ -68,6 +71,10 @@ class BagSource(Protocol):
 
     def grid(self, index: int) -> NDArray[np.int32] | None:
         """Return the case's (column, row) of each tile, None where there is none."""
+        ...
+
+    def parent(self, index: int) -> NDArray[np.int64] | None:
+        """Return which coarser tile holds each of the case's, None where there are none."""
         ...
 
     def read(self, index: int, rows: Rows | None = None) -> CaseBag:
@@ -126,6 +133,17 @@ class StoreSource:
             [self._store.record(slide_id).grid for slide_id in self._cases[index].slide_ids]
         )
 
+    def parent(self, index: int) -> NDArray[np.int64] | None:
+        """Return which coarser tile holds each of the case's; no two slides share one."""
+        found, begin = [], 0
+        for slide_id in self._cases[index].slide_ids:
+            own = self._store.record(slide_id).parent
+            if own is None:
+                return None
+            found.append(own.astype(np.int64) + begin)
+            begin += int(own.max()) + 1 if len(own) else 0
+        return np.concatenate(found)
+
     def read(self, index: int, rows: Rows | None = None) -> CaseBag:
         """Return a case's bag, or the given rows of it, in rising order of slides."""
         case = self._cases[index]
@@ -145,6 +163,11 @@ class StoreSource:
             for count, part in zip(counts, chosen, strict=True)
         ]
         features = [bag.features for bag in bags]
+        parent = self.parent(index)
+        if parent is not None and rows is not None:
+            parent = np.concatenate(
+                [parent[start:][part] for start, part in zip(starts, chosen, strict=False)]
+            )
         return CaseBag(
             case=case,
             features=features[0] if len(features) == 1 else np.concatenate(features),
@@ -155,6 +178,7 @@ class StoreSource:
             tile_row=np.concatenate(tile_row).astype(np.int32),
             tile_um=np.array([_tile_um(record.attributes) for record in records]),
             mpp_l0=np.array([_number(record.attributes, "mpp") for record in records]),
+            parent=parent,
         )
 
 
@@ -167,6 +191,7 @@ class ArraySource:
         cases: Sequence[Case],
         *,
         grids: Sequence[NDArray[np.int32]] | None = None,
+        parents: Sequence[NDArray[np.int64]] | None = None,
         tile_um: float = math.nan,
     ) -> None:
         """Take one (n, D) array per case.
@@ -175,6 +200,8 @@ class ArraySource:
             bags: of the cases.
             cases: as many.
             grids: (n, 2) int32 (column, row) of each bag's tiles, where they lie on a lattice.
+            parents: (n,) which coarser tile holds each of a bag's, where vectors are of two
+                resolutions.
             tile_um: side of a tile in micrometres; with a lattice, tiles then have coordinates.
 
         Raises:
@@ -183,6 +210,7 @@ class ArraySource:
         self._bags = [np.asarray(bag) for bag in bags]
         self._cases = tuple(cases)
         self._grids = None if grids is None else [np.asarray(grid, np.int32) for grid in grids]
+        self._parents = None if parents is None else [np.asarray(one, np.int64) for one in parents]
         self._tile_um = tile_um
         shapes = [(len(bag), 2) for bag in self._bags]
         if self._grids is not None and [grid.shape for grid in self._grids] != shapes:
@@ -221,6 +249,10 @@ class ArraySource:
         """Return the (column, row) of each tile; None where no lattice was given."""
         return None if self._grids is None else self._grids[index]
 
+    def parent(self, index: int) -> NDArray[np.int64] | None:
+        """Return which coarser tile holds each of the bag's; None where none were given."""
+        return None if self._parents is None else self._parents[index]
+
     def read(self, index: int, rows: Rows | None = None) -> CaseBag:
         """Return a bag, or the given rows of it."""
         bag = self._bags[index]
@@ -241,6 +273,7 @@ class ArraySource:
             tile_row=numbers.astype(np.int32),
             tile_um=np.array([self._tile_um]),
             mpp_l0=np.array([1.0 if has_size else math.nan]),
+            parent=None if self._parents is None else self._parents[index][numbers],
         )
 
 

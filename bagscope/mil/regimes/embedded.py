@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
+from torch import Tensor
 
 from bagscope.mil.aggregators.layers import Activation, Projection, draw_seed, xavier
 from bagscope.mil.aggregators.registry import Aggregator
@@ -55,6 +56,10 @@ class Embedded(Aggregator):
     def pooling_terms(self, bags: Bags) -> PoolingTerms | None:
         """Return those of the aggregator."""
         return self.aggregator.pooling_terms(self.embedded(bags))
+
+    def rollout(self, bags: Bags) -> Tensor | None:
+        """Return that of the aggregator."""
+        return self.aggregator.rollout(self.embedded(bags))
 
     def after_step(self) -> None:
         """Hand on that the weights have changed."""

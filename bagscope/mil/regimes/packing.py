@@ -57,16 +57,10 @@ def split(
     )
 
 
-def cut(part: Part, order: Tensor, most: int) -> Part:
-    """Return a part with at most so many tiles of each bag.
-
-    Args:
-        part: to be cut.
-        order: (t,) places in the part, each bag's shuffled within its borders; the first are kept.
-        most: tiles of a bag that are kept.
-    """
-    bag, rank = _ranks(part.cu_seqlens, len(order))
-    return _chosen(part.rows[order], bag, rank < most, len(part.cu_seqlens) - 1)
+def cut(part: Part, most: int) -> Part:
+    """Return a part with the first so many tiles of each bag: in a random order, any of them."""
+    bag, rank = _ranks(part.cu_seqlens, len(part.rows))
+    return _chosen(part.rows, bag, rank < most, len(part.cu_seqlens) - 1)
 
 
 def kept(part: Part, keep: Tensor) -> Part:

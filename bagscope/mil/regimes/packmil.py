@@ -38,7 +38,7 @@ from bagscope.mil.targets import TargetSpec
 from bagscope.specs import parse_spec
 
 MAIN, RESIDUAL = 0, 1
-SPLIT, CUT, COMPRESS, KEEP = 0, 1, 3, 5
+SPLIT, COMPRESS, KEEP = 0, 1, 3
 """What draws are for; those after the split are one more in the residual part."""
 _OTHER_SEED = 1 << 40
 """What the residual part's dropout is drawn by, beside the seed."""
@@ -112,10 +112,8 @@ class PackMIL(Regime):
         found = split(
             order, bags.cu_seqlens, spec.share, shortest=self._shortest, borrow=spec.borrow
         )
-        main, residual = (
-            self._within(bags, part, self._capacity(bags) * self._r, CUT + which)
-            for which, part in enumerate(found)
-        )
+        most = self._capacity(bags) * self._r
+        main, residual = (self._within(part, most) for part in found)
         return main, residual
 
     @classmethod
@@ -141,11 +139,10 @@ class PackMIL(Regime):
         spec = self.options
         return capacity_of(int(bags.lengths.max()), spec.share, spec.capacity, spec.r)
 
-    def _within(self, bags: Bags, part: Part, most: int, use: int) -> Part:
+    def _within(self, part: Part, most: int) -> Part:
         """Return a part of at most so many tiles of each bag."""
         if int(part.lengths.max()) > most:
-            numbers = uniforms(_places(bags, part.cu_seqlens), use)
-            part = cut(part, ordered(numbers, part.cu_seqlens), most)
+            part = cut(part, most)
         if self.downsampler is not None:
             return part
         # In the order of the bag again, for aggregators that go by it.

@@ -17,7 +17,9 @@ from bagscope.specs import Spec, did_you_mean, parse_spec
 BUILT_IN: tuple[str, ...] = (
     "mhim",
     "mixup",
+    "packmil",
     "pseudo_bags",
+    "two_stage",
 )
 """A new regime is a file of this folder and its name in this line."""
 
