@@ -41,7 +41,8 @@ class Projection(nn.Linear):
     def forward(self, features: Tensor, seed: int = 0) -> Tensor:
         """Return h (T, hidden) of features (T, D); `seed` keys the draws of dropout."""
         h = linear(features, self)
-        h = functional.relu(h) if self.activation == "relu" else functional.gelu(h)
+        # In place: a product's gradients do not need what it gave.
+        h = functional.relu_(h) if self.activation == "relu" else functional.gelu(h)
         return dropped(h, self.dropout, seed) if self.training else h
 
 

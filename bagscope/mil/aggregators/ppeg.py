@@ -11,6 +11,7 @@ gathered with their surroundings, so that neither the slide's extent nor its hol
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.segments import CHUNK_ROWS, bag_of_tile
 from bagscope.mil.bags import Bags
 
 _BLOCK = 8
@@ -101,68 +102,58 @@ def places(bags: Bags, reach: int) -> tuple[Tensor, Tensor]:
     return around, (number * _BLOCK + row % _BLOCK) * _BLOCK + column % _BLOCK
 
 
-def _over(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """Return the convolution of (n, h, w, C), a view of channels last."""
-    found = functional.conv2d(
-        x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)
-    )
+def _over(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the convolution of (n, h, w, C), a view of channels last, without padding."""
+    found = functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, groups=len(weight))
     return found.permute(0, 2, 3, 1)
 
 
-def _over_backward(x: Tensor, weight: Tensor, grad: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of the weight."""
+def _of_weight(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of the weight, given that of `_over`."""
     x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
-    size = weight.shape[-1]
     if x.device.type != "cpu":
-        return _torch_backward(grad, x, weight, [padding, padding], [True, True])
-    (of_x, _) = _torch_backward(grad, x, weight, [padding, padding], [True, False])
+        return _torch_backward(grad, x, weight, [False, True])[1]
     # Torch's gradient of depthwise kernels is 20 times as fast where they are 3 columns wide.
-    slices = math.ceil(size / _FAST_COLUMNS)
-    spare = slices * _FAST_COLUMNS - size
-    last = x.permute(0, 2, 3, 1)
-    wide = functional.pad(last, (0, 0, padding, padding + spare)).permute(0, 3, 1, 2)
-    reach = grad.shape[3] + _FAST_COLUMNS - 1
+    size, reach = weight.shape[-1], grad.shape[3] + _FAST_COLUMNS - 1
+    spare = -size % _FAST_COLUMNS
+    wide = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 0, spare)).permute(0, 3, 1, 2)
     parts = [
         _torch_backward(
-            grad,
-            wide[..., start : start + reach],
-            weight[..., :_FAST_COLUMNS],
-            [padding, 0],
-            [False, True],
+            grad, wide[..., start : start + reach], weight[..., :_FAST_COLUMNS], [False, True]
         )[1]
         for start in range(0, size, _FAST_COLUMNS)
     ]
-    return of_x.permute(0, 2, 3, 1), torch.cat(parts, -1)[..., :size]
+    return torch.cat(parts, -1)[..., :size]
 
 
 def _torch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: list[int], wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], len(weight), [*wanted, False]
+        grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], len(weight), [*wanted, False]
     )
     return of_x, of_weight
 
 
 @torch.library.custom_op("bagscope::ppeg_conv", mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _over(x, weight, bias, 0).contiguous()
+    return _over(x, weight, bias).contiguous()
 
 
 @torch.library.custom_op("bagscope::ppeg_conv_backward", mutates_args=())
 def _conv_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    of_x, of_weight = _over_backward(x, weight, grad, 0)
-    return of_x.contiguous(), of_weight.contiguous()
+    first = (y.permute(0, 3, 1, 2) for y in (grad, x))
+    of_x, _ = _torch_backward(*first, weight, [True, False])
+    return of_x.permute(0, 2, 3, 1).contiguous(), _of_weight(x, weight, grad).contiguous()
 
 
 @torch.library.custom_op("bagscope::ppeg_squares", mutates_args=())
 def _squares(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
-    out = x.clone() if len(cu_seqlens) > 2 else torch.empty_like(x)
+    out = torch.empty_like(x)
     for start, stop in pairwise(cu_seqlens.tolist()):
         out[start : start + 1] = x[start : start + 1]
-        if stop - start > 1:
-            square = _over(_square(x, start, stop), weight, bias, weight.shape[-1] // 2)
-            out[start + 1 : stop] = square.flatten(0, 2)
+        for rows, window in _bands(x, start, stop, weight.shape[-1]):
+            out[rows] = _over(window, weight, bias).flatten(0, 2)
     return out
 
 
@@ -171,21 +162,33 @@ def _squares_backward(
     x: Tensor, weight: Tensor, cu_seqlens: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight)
-    of_bias = weight.new_zeros(len(weight))
+    of_bias, size = weight.new_zeros(len(weight)), weight.shape[-1]
+    turned = weight.flip(2, 3)
     for start, stop in pairwise(cu_seqlens.tolist()):
         of_x[start : start + 1] = grad[start : start + 1]
-        if stop - start > 1:
-            tiles, grads = _square(x, start, stop), _square(grad, start, stop)
-            part, along = _over_backward(tiles, weight, grads, weight.shape[-1] // 2)
-            of_x[start + 1 : stop] = part.flatten(0, 2)
-            of_weight += along
-            of_bias += grads.sum((0, 1, 2))
+        for (rows, tiles), (_, grads) in zip(
+            _bands(x, start, stop, size), _bands(grad, start, stop, size), strict=True
+        ):
+            of_x[rows] = _over(grads, turned, None).flatten(0, 2)
+            own = grad[rows].unflatten(0, (1, tiles.shape[1] - size + 1, -1))
+            of_weight += _of_weight(tiles, weight, own)
+            of_bias += grad[rows].sum(0)
     return of_x, of_weight, of_bias
 
 
-def _square(x: Tensor, start: int, stop: int) -> Tensor:
-    side = math.isqrt(stop - start - 1)
-    return x[start + 1 : stop].view(1, side, side, -1)
+def _bands(x: Tensor, start: int, stop: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of a bag that are whole lines of its square, and what their convolution reads."""
+    side, reach = math.isqrt(max(stop - start - 1, 0)), size // 2
+    if not side:
+        return
+    square = x[start + 1 : stop].view(1, side, side, -1)
+    lines = max(1, CHUNK_ROWS // side)
+    for first in range(0, side, lines):
+        last = min(first + lines, side)
+        low, high = max(first - reach, 0), min(last + reach, side)
+        pads = (0, 0, reach, reach, low - first + reach, last + reach - high)
+        rows = slice(start + 1 + first * side, start + 1 + last * side)
+        yield rows, functional.pad(square[:, low:high], pads)
 
 
 @_conv.register_fake

@@ -31,7 +31,8 @@ from bagscope.kernels.nystrom_attention import (
 )
 from bagscope.kernels.segments import bag_of_tile
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
-from bagscope.mil.aggregators.layers import Projection, draw_seed, dropped, linear
+from bagscope.mil.aggregators.layers import Projection, draw_seed, linear
+from bagscope.mil.aggregators.lean_layers import add_dropped, normed_products
 from bagscope.mil.aggregators.ppeg import PPEG
 from bagscope.mil.aggregators.registry import Aggregator, register
 from bagscope.mil.aggregators.rolling import pulled_through, rolled_back, shares_of
@@ -122,10 +123,8 @@ class Attention(nn.Module):
         self, x: Tensor, rows: Rows, narrow: torch.dtype, *, with_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is added to all rows (R, hidden), and the class tokens' weights (R, H)."""
-        x = self.norm(x).to(narrow)
-        x = x.to(computing_dtype(x))
-        # Three products, whose gradients need not be laid side by side.
-        q, k, v = (self._heads(x, weight) for weight in self.qkv.weight.chunk(3))
+        parts = normed_products(x, self.norm, self.qkv.weight.chunk(3), narrow)
+        q, k, v = (part.unflatten(1, (self.options.heads, -1)) for part in parts)
         weights = None
         if self.options.attention == "exact":
             found = varlen_self_attention(q, k, v, rows.borders)
@@ -221,10 +220,9 @@ class TransMIL(Aggregator):
         assert isinstance(first, Attention)
         assert isinstance(second, Attention)
         added, weights = first(x, rows, narrow, with_weights=self.options.score_layer == 1)
-        x = x + dropped(added, dropout, draw_seed(bags, 1))
-        x = self._between(x, rows, bags)
+        x = self._between(add_dropped(x, added, dropout, draw_seed(bags, 1)), rows, bags)
         added, last_weights = second.of_class_tokens(x, rows, narrow)
-        token = x[rows.first] + dropped(added, dropout, draw_seed(bags, 2))
+        token = add_dropped(x[rows.first], added, dropout, draw_seed(bags, 2))
         embedding = self.norm(token)
         return BagOutput(
             logits=self.classifier(embedding),
