@@ -18,6 +18,7 @@ from bagscope.mil.originals import (
     pooling,
     rrt,
     set_transformer,
+    transmil,
 )
 from bagscope.mil.originals.mapping import Original
 from bagscope.specs import did_you_mean
@@ -32,6 +33,7 @@ ORIGINALS: Mapping[str, Original] = MappingProxyType(
     | packmil.ORIGINALS
     | rrt.ORIGINALS
     | set_transformer.ORIGINALS
+    | transmil.ORIGINALS
 )
 
 

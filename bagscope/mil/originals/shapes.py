@@ -340,8 +340,8 @@ def recognise(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None 
         try:
             fitting.append(fit(source, tensors, settings))
         except ConfigError as error:
-            strange = original.without_place(without_prefix(original, tensors))
-            faults.append((len(strange), str(error)))
+            theirs = without_prefix(original, tensors)
+            faults.append((len(original.without_place(theirs)), str(error)))
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
