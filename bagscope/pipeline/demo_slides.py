@@ -27,6 +27,8 @@ TRUTH_NAME = "truth"
 MPP = 0.5
 TISSUE_FRACTION = 0.5
 TUMOR_FRACTIONS = (0.02, 0.06)
+VARIETY = 2.5
+"""Slides differ so much in their tissue that a little tumour is lost in their means."""
 WORKER_MODULES = ("bagscope.wsi.synthetic.painter", "bagscope.wsi.synthetic.slide", "cv2", "numpy")
 
 
@@ -52,6 +54,7 @@ class SlidesSpec:
             mpp=MPP,
             objective=20,
             tissue_fraction=TISSUE_FRACTION,
+            variety=VARIETY,
         )
         return plan_cohort(
             slides=self.slides,

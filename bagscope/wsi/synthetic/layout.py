@@ -101,7 +101,7 @@ def plan_layout(spec: SyntheticSpec) -> Layout:
     depth_um, turn = _fragments(rng, shape, spec.tissue_fraction)
     tumor_um = _tumor(np.random.default_rng([2, spec.seed]), depth_um, spec.tumor_fraction)
     rng = np.random.default_rng([3, spec.seed])
-    fields = _compartments(rng, depth_um, tumor_um, turn)
+    fields = _compartments(rng, depth_um, tumor_um, turn, spec.variety)
     return _populate(rng, width_um, height_um, fields, marked=spec.stain == "dab")
 
 
@@ -225,6 +225,7 @@ def _compartments(
     depth_um: NDArray[np.float32],
     tumor_um: NDArray[np.float32],
     turn: NDArray[np.float32],
+    variety: float,
 ) -> Fields:
     import numpy as np
 
@@ -243,14 +244,15 @@ def _compartments(
     y, x = np.mgrid[0:rows, 0:columns].astype(np.float32) * np.float32(FIELD_STEP_UM)
     u = x * np.cos(turn) + y * np.sin(turn) + 40 * noise(90)
     v = -x * np.sin(turn) + y * np.cos(turn) + 55 * noise(105) + 8 * noise(38)
+    more = variety - 1
     return Fields(
         depth_um=depth_um,
         tumor_um=tumor_um,
         fibre_u_um=u.astype(np.float32),
         fibre_v_um=v.astype(np.float32),
-        fat=above_share(noise(130), rng.uniform(0.0, 0.05)),
-        gland=above_share(noise(190), rng.uniform(0.3, 0.6)),
-        lymph=above_share(noise(60), rng.uniform(0.02, 0.06)),
+        fat=above_share(noise(130), rng.uniform(0.0, 0.05 * variety)),
+        gland=above_share(noise(190), rng.uniform(0.3 - 0.15 * more, 0.6 + 0.15 * more)),
+        lymph=above_share(noise(60), rng.uniform(0.02 / variety, 0.06 + 0.04 * more)),
         thickness=1 + 0.10 * noise(300) + 0.05 * noise(50),
     )
 

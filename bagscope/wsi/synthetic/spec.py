@@ -29,6 +29,8 @@ class SyntheticSpec:
         seed: of everything drawn.
         tissue_fraction: part of the slide that is tissue.
         tumor_fraction: part of the tissue area that is tumour.
+        variety: how far slides differ in their shares of fat, glands and lymphocytes; 1 as slides
+            of one organ, 3 at most.
         site: whose stain and scanner; 0 and 1 are fixed, further ones are drawn from the number.
         stain: haematoxylin with eosin, or with DAB.
         background: of the glass; "black" leaves white glass around the tissue, as scanners do that
@@ -59,6 +61,7 @@ class SyntheticSpec:
     seed: int = 0
     tissue_fraction: float = 0.4
     tumor_fraction: float = 0.0
+    variety: float = 1.0
     site: int = 0
     stain: Stain = "he"
     background: Background = "white"
@@ -91,6 +94,8 @@ class SyntheticSpec:
             )
         if not 0.02 <= self.tissue_fraction <= 0.8:
             raise ValueError(f"tissue_fraction is {self.tissue_fraction}; use 0.02 to 0.8")
+        if not 1 <= self.variety <= 3:
+            raise ValueError(f"variety is {self.variety}; use 1 to 3")
         if self.truncated is not None and not 0 <= self.truncated < 1:
             raise ValueError(f"truncated is {self.truncated}; use a part of the file, 0 to 1")
 

@@ -161,9 +161,27 @@ def test_a_truncated_slide_does_not_open(tmp_path: Path) -> None:
         ({"mpp": 3.0}, "mpp is 3.0"),
         ({"tumor_fraction": 0.9}, "tumor_fraction is 0.9"),
         ({"tissue_fraction": 0.0}, "tissue_fraction is 0.0"),
+        ({"variety": 0.5}, "variety is 0.5"),
         ({"truncated": 1.0}, "truncated is 1.0"),
     ],
 )
 def test_impossible_slides_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SyntheticSpec(**options)
+
+
+def test_slides_differ_more_in_their_tissue_where_variety_asks_for_it() -> None:
+    from bagscope.wsi.synthetic.layout import plan_layout
+
+    def glands(variety: float) -> np.ndarray:
+        shares = []
+        for seed in range(12):
+            spec = SyntheticSpec(width_px=2000, height_px=2000, mpp=1.0, seed=seed, variety=variety)
+            fields = plan_layout(spec).fields
+            shares.append((fields.gland[fields.depth_um > 0] > 0).mean())
+        return np.array(shares)
+
+    usual, various = glands(1.0), glands(2.5)
+    assert 0.29 < usual.min() and usual.max() < 0.61
+    assert various.std() > 2 * usual.std()
+    assert 0.05 < various.min() and various.max() < 0.85
