@@ -38,6 +38,7 @@ NAMES = (
     "packmil_survival",
     "rrt",
     "set_transformer",
+    "two_stage",
     "vit",
     "vit_agent",
     "vit_alibi",
@@ -48,8 +49,8 @@ NAMES = (
 )
 PLACED = ("vit_alibi", "vit_neighbours")
 """Those that want tiles with places, which bags of arrays have none of."""
-TAILORED = ("packmil_panda", "packmil_survival")
-"""Those for one kind of target, tested with it in tests/mil/regimes."""
+TAILORED = ("packmil_panda", "packmil_survival", "two_stage")
+"""Those for one kind of target, or of features, tested with it in tests/mil/regimes."""
 ROOT = Path(bagscope.__file__).parent.parent
 CONFIGS = ROOT / "configs"
 
