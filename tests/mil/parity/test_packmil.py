@@ -218,49 +218,48 @@ class RecordedDraws:
     def __init__(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         draws = [tensors[name] for name in sorted(tensors) if name.startswith("input/draw")]
         self._left: Iterator[Tensor] = iter(draws)
-        self.of: dict[int, list[Tensor | None]] = {use: [] for use in range(7)}
+        self._of: dict[int, list[Tensor]] = {use: [] for use in range(5)}
         r = config["downsample_r"]
         has_downsampler = config["downsampler"] != "none"
         effective = r if has_downsampler else 1
         shortest, rho = config["min_seq_len"] * effective, config["rho"]
-        longest = max(config["lengths"])
-        double = int(longest * (1 - rho)) // r > config["L"]
+        double = int(max(config["lengths"]) * (1 - rho)) // r > config["L"]
         most = (2 if double else 1) * config["L"] * effective
         for length in config["lengths"]:
             is_split = length >= shortest
-            self._take(packmil.SPLIT, length if is_split else None)
-            main = int(length * rho) if is_split else length
-            parts = [main, length - main if is_split else length]
-            for which, part in enumerate(parts):
-                self._take(packmil.CUT + which, part if part > most else None)
-            for which, part in enumerate(min(part, most) for part in parts):
-                is_long = part > shortest
-                filled = -(-part // r) * r if is_long else part
-                self._take(packmil.COMPRESS + which, filled if has_downsampler else None)
-                is_random = has_downsampler and "random" in config["downsampler"]
+            order = self._next(length) if is_split else torch.arange(length)
+            main = int(length * rho)
+            parts = [order[:main], order[main:]] if is_split else [order, order]
+            # Parts that are too long are shuffled once more before they are cut.
+            cut = [part[self._next(len(part))] if len(part) > most else part for part in parts]
+            self._of[packmil.SPLIT].append(_numbers(torch.cat(cut) if is_split else order))
+            for which, part in enumerate(cut):
+                count = min(len(part), most)
+                is_long = count > shortest
+                filled = -(-count // r) * r if is_long else count
+                again = self._next(filled) if has_downsampler else torch.arange(filled)
+                self._of[packmil.COMPRESS + which].append(_numbers(again))
                 values = config["in_features"] * r
-                self._take(packmil.KEEP + which, values if is_random and is_long else None)
+                drawn = torch.arange(values).double()
+                if "random" in config["downsampler"] and is_long:
+                    drawn = self._next(values)
+                self._of[packmil.KEEP + which].append(drawn)
         assert next(self._left, None) is None, "every recorded draw has its use"
 
-    def _take(self, use: int, length: int | None) -> None:
-        if length is None:
-            self.of[use].append(None)
-            return
+    def _next(self, length: int) -> Tensor:
         draw = next(self._left)
         assert len(draw) == length
-        if not draw.is_floating_point():
-            # What stands at place k of the permutation is to come at place k.
-            draw = draw.argsort().double() / length
-        self.of[use].append(draw.double())
+        return draw
 
     def __call__(self, bags: Bags, use: int = 0) -> Tensor:
-        lengths = bags.lengths.tolist()
-        return torch.cat(
-            [
-                torch.arange(length).double() / max(length, 1) if draw is None else draw
-                for length, draw in zip(lengths, self.of[use], strict=True)
-            ]
-        )
+        found = self._of[use]
+        assert bags.lengths.tolist() == [len(numbers) for numbers in found]
+        return torch.cat(found)
+
+
+def _numbers(order: Tensor) -> Tensor:
+    """Return numbers (n,) whose order is this one (n,)."""
+    return order.argsort().double()
 
 
 @pytest.mark.parametrize("file", recorded("packmil_step-"))
