@@ -164,8 +164,8 @@ class Attention(nn.Module):
 
     def pulled(self, x: Tensor, rows: Rows, narrow: torch.dtype, weights: Tensor) -> Tensor:
         """Return Σ_i w_i N_ij (R,), the mean over heads; the convolution is left out."""
-        parts = linear(self.norm(x).to(narrow), self.qkv).unflatten(1, (3, self.options.heads, -1))
-        q, k, _ = parts.unbind(1)
+        parts = linear(self.norm(x).to(narrow), self.qkv)
+        q, k, _ = parts.view(len(x), 3, self.options.heads, -1).unbind(1)
 
         def attend(values: Tensor) -> Tensor:
             width = values.shape[-1]

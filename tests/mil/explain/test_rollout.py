@@ -16,6 +16,7 @@ from bagscope.mil.aggregators.transmil import Attention, TransMIL
 from bagscope.mil.aggregators.vit import ViT
 from bagscope.mil.bags import Bags
 from bagscope.mil.explain.rollout import tile_rollout
+from bagscope.mil.regimes.embedded import Embedded, EmbeddingSpec
 from tests.kernels.packed import normal
 
 HEADS, LAYERS = 4, 2
@@ -224,6 +225,15 @@ def test_bags_of_an_inference_are_taken_too(mixer: str) -> None:
 @pytest.mark.parametrize("options", [{"decay": True}, {"reads": "forward"}])
 def test_what_can_not_be_told_in_linear_memory_is_not_told(options: dict[str, Any]) -> None:
     assert tile_rollout(model_of("lightning", **options), bags_of()) is None
+
+
+def test_an_embedding_before_the_aggregator_changes_nothing_about_it() -> None:
+    inner = model_of("linear").float()
+    model = Embedded(20, 2, EmbeddingSpec(width=12), lambda width, outputs: inner)
+    bags = Bags.of([normal(9, 20), normal(4, 20, seed=1)])
+    found, wanted = tile_rollout(model, bags), tile_rollout(inner, model.eval().embedded(bags))
+    assert found is not None and wanted is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_pooling_alone_has_no_rollout() -> None:
