@@ -249,11 +249,15 @@ def _hyperslides(parts: Bags, has: Tensor, pack: Tensor) -> Bags:
     """
     counts = torch.zeros_like(torch.bincount(pack)).index_add(0, pack, parts.lengths[has].long())
     names = [name for name, is_there in zip(parts.bag_ids, has.tolist(), strict=True) if is_there]
-    firsts = [place for place, is_new in enumerate(pack.diff(prepend=pack[:1] - 1)) if is_new]
+    begins = pack.diff(prepend=pack[:1] - 1).tolist()
     return replace(
         parts,
         cu_seqlens=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(parts.cu_seqlens.dtype),
-        bag_ids=tuple(f"hyperslide from {names[first]}" for first in firsts),
+        bag_ids=tuple(
+            f"hyperslide from {name}"
+            for name, is_first in zip(names, begins, strict=True)
+            if is_first
+        ),
         targets=None,
         seed=parts.seed + _OTHER_SEED,
     )

@@ -342,7 +342,7 @@ def test_the_published_recipes_train(name: str, task: str) -> None:
 # --- end to end ---------------------------------------------------------------------------------
 
 
-PACKED = {"name": "packmil", "options": {**SMALL, "downsampler": "max", "r": 2}}
+PACKED: dict[str, Any] = {"name": "packmil", "options": {**SMALL, "downsampler": "max", "r": 2}}
 
 
 def trained(epochs: int, **options: Any) -> Trained:
@@ -369,6 +369,18 @@ def test_it_learns_a_planted_signal() -> None:
     labels = np.arange(12) % 2
     assert roc_auc_score(labels, found.inner_logits[:, 1] - found.inner_logits[:, 0]) > 0.85
     assert found.history[-1].losses["bag"] < found.history[0].losses["bag"]
+
+
+def test_it_learns_in_half_precision() -> None:
+    recipe = made_recipe(
+        regime={"name": "packmil", "options": {**PACKED["options"], "norm": "batch"}},
+        training={"epochs": 3, "precision": "bfloat16"},
+        optimiser={"lr": 1e-2},
+    )
+    source = made_source(24, seed=1)
+    history = Trainer(recipe, [TARGET], source, None, seed=0).run().history
+    assert history[-1].losses["bag"] < history[0].losses["bag"]
+    assert all(np.isfinite(epoch.losses["residual"]) for epoch in history)
 
 
 def test_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
