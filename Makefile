@@ -62,6 +62,7 @@ bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
 	$(BIN)/python benchmarks/bench_scan.py
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_planted.py
+	$(BIN)/python benchmarks/bench_packmil.py
 	$(BIN)/python benchmarks/bench_heatmaps.py
 	$(BIN)/python benchmarks/bench_scoring.py
 	$(BIN)/python benchmarks/demo_quality.py
