@@ -24,6 +24,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("dsmil", {"hidden": 16, "v": "passing", "dropout": 0.25, "value_dropout": 0.1}),
     ("dtfd", {"hidden": 16, "distil": "maxmins", "dropout": 0.25}),
     ("ilra", {"hidden": 16, "rank": 2, "dropout": 0.25}),
+    ("vit", {"hidden": 16, "heads": 4, "layers": 1, "dropout": 0.25, "layer_dropout": 0.2}),
+    ("vit", {"hidden": 16, "heads": 4, "layers": 1, "mixer": "agent", "agents": 4}),
 ]
 STEPS = 10
 
