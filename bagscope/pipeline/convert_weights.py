@@ -140,7 +140,7 @@ def convert_weights(request: WeightsRequest) -> ConvertedWeights:
     """Write the bundle of a checkpoint, if it is not there yet.
 
     Raises:
-        ConfigError: as of `plan_weights`.
+        ConfigError: as of `plan_weights`, or something else is there.
         FingerprintMismatch: another bundle is there.
     """
     from bagscope.mil.bundle import MemberPlace, load_bundle, write_bundle
@@ -149,6 +149,11 @@ def convert_weights(request: WeightsRequest) -> ConvertedWeights:
     planned = plan_weights(request)
     out = request.out
     if out.exists() and not request.overwrite:
+        if not artifacts.is_complete(out):
+            raise ConfigError(
+                f"{out}: is there and no bundle; choose another --out, or replace it with "
+                "--overwrite"
+            )
         stored = load_bundle(out).members.get(MEMBER_NAME)
         artifacts.require_same(
             {} if stored is None else stored.fields,

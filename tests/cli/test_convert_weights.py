@@ -185,6 +185,10 @@ def test_written_again_it_is_left_alone_and_another_is_refused(
     assert "was made differently (features.mpp is [], asked for [0.5])" in ran.err
     assert convert(bagscope, checkpoint, path, "--mpp", 0.5, "--overwrite").code == 0
     assert load_bundle(path).origin.mpp == (0.5,)
+    (path / "complete.json").unlink()
+    ran = convert(bagscope, checkpoint, path)
+    assert ran.code == 2
+    assert "is there and no bundle" in ran.err
 
 
 def test_a_dry_run_writes_nothing(bagscope: Command, checkpoint: Path, tmp_path: Path) -> None:

@@ -80,13 +80,13 @@ def _content(path: Path) -> Any:
     except Exception as error:  # what is raised depends on where the bytes stop making sense
         if any(sign in str(error) for sign in _SIGNS_OF_CODE):
             raise ConfigError(
-                f"{path}: holds Python objects beside tensors, and code is not run; where it was "
-                "trained, save its weights alone with torch.save(model.state_dict(), FILE), or as "
-                "safetensors"
+                f"{path}: holds Python objects beside tensors, and code is not run; load it where "
+                "it is trusted, and save its weights alone: torch.save(model.state_dict(), FILE)"
             ) from error
+        said = first_line(error)
+        reason = said if " " in said else "it is no checkpoint"  # a key or nothing tells nobody
         raise ConfigError(
-            f"{path}: can't be read as weights ({first_line(error) or type(error).__name__}); copy "
-            "or download it again"
+            f"{path}: can't be read as weights ({reason}); copy or download it again"
         ) from error
 
 
