@@ -332,6 +332,7 @@ def packed(bags: Bags, selections: Sequence[Rows], dtype: torch.dtype | None = N
         bag_ids=tuple(map(str, range(len(selections)))),
         coords_l0=chosen(bags.coords_l0),
         grid=chosen(bags.grid),
+        parent=chosen(bags.parent),
         tile_slide=chosen(bags.tile_slide),
         tile_row=chosen(bags.tile_row),
         targets=None,
@@ -360,6 +361,7 @@ def with_donors(bag: Bags, *donors: Bags) -> Bags:
         bag_ids=tuple(name for one in each for name in one.bag_ids),
         coords_l0=_joined(coords),
         grid=_joined(_side_by_side(grids)),
+        parent=_joined(_apart([one.parent for one in each])),
         slide_ids=tuple(name for one in each for name in one.slide_ids),
         tile_slide=_joined(
             [
@@ -372,6 +374,16 @@ def with_donors(bag: Bags, *donors: Bags) -> Bags:
         mpp_l0=_joined([one.mpp_l0 for one in each]) if known_sizes else None,
         targets=None,
     )
+
+
+def _apart(parents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return coarse tiles' numbers such that no two bags share one."""
+    moved: list[Tensor | None] = []
+    begin = 0
+    for parent in parents:
+        moved.append(None if parent is None else parent + begin)
+        begin += 0 if parent is None or not len(parent) else int(parent.max()) + 1
+    return moved
 
 
 def _side_by_side(grids: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ import torch
 
 from bagscope.errors import ConfigError
 from bagscope.mil.cases import Case
+from bagscope.mil.explain.pools import packed, with_donors
 from bagscope.mil.inference import outputs
 from bagscope.mil.recipe import BagSpec, TrainSpec
 from bagscope.mil.regimes.coarse_view import CoarseView
@@ -163,3 +164,18 @@ def test_what_does_not_go_together_is_refused() -> None:
     scaled = recipe_of().model_copy(update={"bags": BagSpec(standardise=True)})
     with pytest.raises(ConfigError, match="standardise takes means over fine tiles"):
         refuse_impossible(scaled, [GRADES])
+
+
+def test_tiles_taken_out_or_brought_in_keep_their_parents() -> None:
+    source = source_of(2)
+    torch.manual_seed(0)
+    model = build_model(recipe_of(), FINE + COARSE, 3).eval()
+    ((bags, together),) = list(outputs(model, source, BagSpec()))
+    one, other = bags.one(0), bags.one(1)
+    again = packed(one, [np.arange(len(one.features)), np.arange(2, len(one.features))])
+    torch.testing.assert_close(model(again).logits[:1], together.logits[:1])
+    # The two slides number their coarse tiles alike; side by side they are different ones.
+    joint = with_donors(one, other)
+    assert joint.parent is not None and one.parent is not None and other.parent is not None
+    kinds = len(one.parent.unique()) + len(other.parent.unique())
+    assert len(joint.parent.unique()) == kinds
