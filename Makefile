@@ -68,6 +68,9 @@ bench: $(READY) ## benchmarks; correctness first, results into benchmarks/
 	$(BIN)/python benchmarks/demo_quality.py
 	test -z "$(MIL_DATA)" || $(BIN)/python benchmarks/classic_mil.py "$(MIL_DATA)"
 
+zoo: $(READY) ## every recipe on the same tasks, and its cost; resumes, three hours at most
+	$(BIN)/python benchmarks/zoo.py $(if $(MIL_DATA),--mil-data "$(MIL_DATA)") $(if $(wildcard demo/study),--demo demo/study)
+
 bench-gpu: $(READY) ## the kernels' tests and benchmarks on a CUDA device, a few minutes
 	$(BIN)/python -m pytest -m gpu tests/kernels
 	$(BIN)/python benchmarks/bench_kernels.py --device cuda --compile --record
@@ -89,4 +92,4 @@ docs: $(READY) ## check the docs: links, verbs, options, and that commands and e
 clean: ## remove the environment and everything that a verb made
 	rm -rf $(VENV) demo build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo fmt lint check test test-slow test-gpu bench bench-gpu drill golden docs clean
+.PHONY: help install demo fmt lint check test test-slow test-gpu bench zoo bench-gpu drill golden docs clean
