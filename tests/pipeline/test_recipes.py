@@ -38,6 +38,7 @@ NAMES = (
     "packmil_survival",
     "rrt",
     "set_transformer",
+    "transmil",
     "two_stage",
     "vit",
     "vit_agent",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = (
     "abmil", "acmil", "attentive_probe", "clam_mb", "clam_sb", "comel", "dsmil", "dtfd", "hopfield",
-    "ilra", "ins", "mambamil", "max", "mean", "rrt", "set_transformer", "vit",
+    "ilra", "ins", "mambamil", "max", "mean", "rrt", "set_transformer", "transmil", "vit",
 )  # fmt: skip
 """A new aggregator of ours is a file of this folder and its name in this line."""
 ENTRY_POINTS = "bagscope.aggregators"

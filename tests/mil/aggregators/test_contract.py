@@ -69,6 +69,12 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         {"layer_norm": True, "seeds": 3, "blocks": 1},
         {"attention": "full", "blocks": 1, "seed_blocks": 0, "dropout": 0.25},
     ),
+    "transmil": (
+        {"landmarks": 16, "dropout": 0.0},
+        {"landmarks": 5, "heads": 2, "ppeg": "lattice", "score_layer": 2},
+        {"attention": "exact", "heads": 4, "ppeg_sizes": (3,)},
+        {"landmarks": 9, "faithful_pads": True, "faithful_start": True, "taps": 5},
+    ),
     "vit": (
         {"pooling": "mean", "mixer": "neighbours", "radius": 2, "layers": 1},
         {"pooling": "class", "mixer": "alibi", "mlp": 0, "layers": 1},
@@ -97,7 +103,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 }
 """Options of those that draw nothing by default."""
 
-SLOW = {"dtfd", "hopfield", "ilra", "mambamil", "rrt", "set_transformer", "vit"}
+SLOW = {"dtfd", "hopfield", "ilra", "mambamil", "rrt", "set_transformer", "transmil", "vit"}
 """Of these, only the defaults are checked every time."""
 
 

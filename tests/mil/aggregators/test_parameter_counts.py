@@ -17,6 +17,7 @@ COUNTS: tuple[tuple[str, int, dict[str, Any], int], ...] = (
     ("acmil", 384, {}, 84_369),
     ("dsmil", 512, {}, 85_252),
     ("mambamil", 1024, {}, 4_227_843),
+    ("transmil", 1024, {}, 2_672_146),
 )
 
 
