@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bagscope.cli import console, options, target_options, train_options
 from bagscope.cli.target_options import targets_of
+from bagscope.cli.train_tasks import refuse_beside_tasks, train_tasks
 from bagscope.cohort.jobs import parse_shard
 from bagscope.errors import ConfigError
 from bagscope.mil.training.tracking import TrackerName
@@ -50,6 +52,24 @@ def train(
             show_default=False,
         ),
     ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            "--tasks",
+            metavar="FILE",
+            help="YAML of tasks, which are learnt one after the other",
+            show_default=False,
+        ),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            "--annotations",
+            metavar="FOLDER",
+            help="with --tasks: GeoJSON per slide, to judge where the models look",
+            show_default=False,
+        ),
+    ] = None,
     track: Annotated[
         TrackerName | None,
         typer.Option("--track", help="write the epochs for this tracker too", show_default=False),
@@ -75,6 +95,18 @@ def train(
                 "--track": track,
             }
         )
+    if tasks is not None:
+        refuse_beside_tasks(
+            {
+                "--target": target or task or classes or positive or time or event,
+                "--final": final,
+                "--overfit": overfit is not None,
+                "--shard": shard,
+                "--track": track,
+            }
+        )
+    elif annotations is not None:
+        raise ConfigError("--annotations belongs to --tasks; see bagscope explain for one model")
     opened = open_study(study, {"run": {"workers": workers}})
     plan = opened.spec.train
     settings = laid_over(plan.options if recipe is None else {}, parse_settings(set_ or []))
@@ -94,6 +126,9 @@ def train(
         final=final,
         track=track,
     )
+    if tasks is not None:
+        train_tasks(opened, request, tasks, annotations, dry_run=dry_run, as_json=as_json)
+        return
     if overfit is not None:
         _print_overfit(
             overfit_study(opened, request, overfit, console.reporter(as_json=as_json)),
