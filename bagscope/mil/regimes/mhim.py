@@ -154,6 +154,10 @@ class MHIM(Regime):
         """Return those of whoever answers."""
         return self._answering.pooling_terms(bags)
 
+    def rollout(self, bags: Bags) -> Tensor | None:
+        """Return that of whoever answers."""
+        return self._answering.rollout(bags)
+
     def after_step(self) -> None:
         """Let the teacher and the recycling queries follow the student."""
         self.inner.after_step()

@@ -93,6 +93,7 @@ class Recycle(nn.Module):
             cu_seqlens=_borders(kept + self.spec.queries),
             coords_l0=None,
             grid=None,
+            parent=None,
             tile_slide=None,
             tile_row=None,
         )

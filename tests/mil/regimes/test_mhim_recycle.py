@@ -27,7 +27,7 @@ def made(spec: RecycleSpec = SPEC) -> Recycle:
 def bags(step: int = 0) -> Bags:
     found = Bags.of([normal(n, WIDTH, seed=n) for n in LENGTHS], seed=3, step=step)
     places = torch.zeros(len(found.features), 2, dtype=torch.int32)
-    return replace(found, grid=places, coords_l0=places, tile_row=places[:, 0])
+    return replace(found, grid=places, coords_l0=places, parent=places[:, 0], tile_row=places[:, 0])
 
 
 def numbers(tiles: int = sum(LENGTHS)) -> Tensor:
@@ -55,7 +55,8 @@ def test_tiles_stay_in_their_order_and_tokens_follow() -> None:
     model, given = made(), bags()
     precise = copy.deepcopy(model).double()
     found = model(given, numbers())
-    assert found.grid is None and found.coords_l0 is None and found.tile_row is None
+    for field in ("grid", "coords_l0", "parent", "tile_row", "tile_slide"):
+        assert getattr(found, field) is None
     for bag, (start, stop) in enumerate(pairwise(given.cu_seqlens.tolist())):
         own = given.features[start:stop]
         stays = int(0.7 * len(own))
