@@ -103,7 +103,17 @@ DRAWS: dict[str, dict[str, Any]] = {
 }
 """Options of those that draw nothing by default."""
 
-SLOW = {"dtfd", "hopfield", "ilra", "mambamil", "rrt", "set_transformer", "transmil", "vit"}
+SLOW = {
+    "comel",
+    "dtfd",
+    "hopfield",
+    "ilra",
+    "mambamil",
+    "rrt",
+    "set_transformer",
+    "transmil",
+    "vit",
+}
 """Of these, only the defaults are checked every time."""
 
 
