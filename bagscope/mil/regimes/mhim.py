@@ -312,8 +312,8 @@ def consistency(
     student: Tensor, teacher: Tensor, *, temperature: float, student_temperature: float = 1.0
 ) -> Tensor:
     """Return the cross-entropy (B,) of the student's embedding (B, E) under the teacher's."""
-    wanted = (teacher.detach().float() / temperature).softmax(1)
-    return -(wanted * (student.float() / student_temperature).log_softmax(1)).sum(1)
+    wanted = (teacher.detach() / temperature).softmax(1)
+    return -(wanted * (student / student_temperature).log_softmax(1)).sum(1)
 
 
 def momentum_at(options: MHIMOptions, progress: float) -> float:
