@@ -10,8 +10,9 @@ landmarks, a sum is divided by ℓ whatever it is of, and the zeros are keys tha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 from bagscope.kernels.segments import require_borders
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """How one bag is cut.
 
     Attributes:
@@ -87,7 +89,7 @@ def means_of(x: Tensor, run: Run) -> Tensor:
     """Return the landmarks (count, ...) of a bag's rows (n, ...)."""
     found = x.new_zeros(run.count, *x.shape[1:])
     found[run.empty] = x[: run.first].sum(0) / run.divisor
-    rest = x[run.first :].unflatten(0, (-1, run.length)) if len(x) > run.first else x[:0, None]
+    rest = x[run.first :].view(-1, run.length, *x.shape[1:]) if len(x) > run.first else x[:0, None]
     found[run.empty + 1 :] = rest.sum(1) / run.length
     return found
 
@@ -97,7 +99,7 @@ def spread(grad: Tensor, into: Tensor, run: Run) -> None:
     into[: run.first] += (grad[run.empty] / run.divisor).to(into.dtype)
     if len(into) > run.first:
         each = (grad[run.empty + 1 :, None] / run.length).to(into.dtype)
-        into[run.first :].unflatten(0, (-1, run.length)).add_(each)
+        into[run.first :].view(-1, run.length, *into.shape[1:]).add_(each)
 
 
 def landmark_means(

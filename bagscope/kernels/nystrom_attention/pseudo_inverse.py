@@ -37,7 +37,7 @@ class PseudoInverse:
         self.is_widest /= self.is_widest.sum((0, 2) if shared_start else 2, keepdim=True)
         self.c = self.widest * rows.amax(dims, keepdim=True)[..., None]
         self.a, self.p = kept[:iterations], kept[2 * iterations - 1 :]
-        self.z = [s.mT / self.c, *kept[iterations : 2 * iterations - 1]]
+        self.z: list[Tensor] = [s.mT / self.c, *kept[iterations : 2 * iterations - 1]]
         if is_filled:
             return
         for k, (a, z) in enumerate(zip(self.a, self.z, strict=True)):

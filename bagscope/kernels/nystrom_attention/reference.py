@@ -52,7 +52,7 @@ def attention_matrix(
     is_row = torch.arange(rows + pads, device=q.device) >= pads
     runs = is_row.view(landmarks, -1)
     divisor = runs.shape[1] if zero_pads else runs.sum(1).clamp(min=1)[:, None]
-    q_means, k_means = (x.unflatten(1, runs.shape).sum(2) / divisor for x in (q, k))
+    q_means, k_means = (x.view(len(x), *runs.shape, -1).sum(2) / divisor for x in (q, k))
     hidden = q.new_zeros(rows + pads)
     if not zero_pads:
         there = runs.any(1)
@@ -61,7 +61,8 @@ def attention_matrix(
     s1 = (q @ k_means.mT).softmax(-1)
     s2 = (q_means @ k_means.mT).softmax(-1)
     s3 = (q_means @ k.mT + hidden).softmax(-1)
-    return s1 @ pseudo_inverse(s2, iterations, shared_start) @ s3
+    found: Tensor = s1 @ pseudo_inverse(s2, iterations, shared_start) @ s3
+    return found
 
 
 def pseudo_inverse(s: Tensor, iterations: int, shared_start: bool) -> Tensor:

@@ -69,10 +69,10 @@ class _AddDropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor, p: float, seed: int) -> Tensor:
         ctx.settings = (p, seed, added.dtype)
-        return tile_dropout(*added.shape, p, seed, added).mul_(added).add_(x)
+        return tile_dropout(len(added), added.shape[1], p, seed, added).mul_(added).add_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         p, seed, dtype = ctx.settings
-        mask = tile_dropout(*grad.shape, p, seed, grad)
+        mask = tile_dropout(len(grad), grad.shape[1], p, seed, grad)
         return grad, mask.mul_(grad).to(dtype), None, None

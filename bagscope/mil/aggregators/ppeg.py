@@ -46,8 +46,8 @@ class PPEG(nn.Module):
     def on_lattice(self, x: Tensor, bags: Bags) -> Tensor:
         """Return (T, C) of tiles that have places; those of other slides are no neighbours."""
         around, cells = places(bags, self.size // 2)
-        blocks = functional.pad(x, (0, 0, 0, 1)).index_select(0, around.flatten())
-        found = _conv(blocks.view(*around.shape, x.shape[1]), *self._joined())
+        blocks: Tensor = functional.pad(x, (0, 0, 0, 1)).index_select(0, around.flatten())
+        found: Tensor = _conv(blocks.view(*around.shape, x.shape[1]), *self._joined())
         return x + found.flatten(0, 2).index_select(0, cells)
 
     def _joined(self) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class PPEG(nn.Module):
         return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def places(bags: Bags, reach: int) -> tuple[Tensor, Tensor]:
     """Return which tile is where.
 
@@ -75,7 +75,7 @@ def places(bags: Bags, reach: int) -> tuple[Tensor, Tensor]:
     owner = bag_of_tile(bags.cu_seqlens, tiles)
     if bags.tile_slide is not None:
         owner = owner * (int(bags.tile_slide.max()) + 1) + bags.tile_slide.long()
-        owner = owner.unique(return_inverse=True)[1]
+        owner = torch.unique(owner, return_inverse=True)[1]
     grid = bags.grid.long()
     least = grid.new_full((int(owner.max()) + 1, 2), torch.iinfo(torch.int64).max)
     least = least.scatter_reduce(0, owner[:, None].expand(-1, 2), grid, "amin")
@@ -88,7 +88,7 @@ def places(bags: Bags, reach: int) -> tuple[Tensor, Tensor]:
         return (owner * rows + row + margin) * columns + column + margin
 
     block = key(owner, column // _BLOCK, row // _BLOCK)
-    kinds, number = block.unique(return_inverse=True)
+    kinds, number = torch.unique(block, return_inverse=True)
     any_of_it = torch.empty_like(kinds).scatter_(
         0, number, torch.arange(tiles, device=kinds.device)
     )
@@ -142,8 +142,9 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("bagscope::ppeg_conv_backward", mutates_args=())
 def _conv_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    first = (y.permute(0, 3, 1, 2) for y in (grad, x))
-    of_x, _ = _torch_backward(*first, weight, [True, False])
+    of_x, _ = _torch_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [True, False]
+    )
     return of_x.permute(0, 2, 3, 1).contiguous(), _of_weight(x, weight, grad).contiguous()
 
 
@@ -170,7 +171,7 @@ def _squares_backward(
             _bands(x, start, stop, size), _bands(grad, start, stop, size), strict=True
         ):
             of_x[rows] = _over(grads, turned, None).flatten(0, 2)
-            own = grad[rows].unflatten(0, (1, tiles.shape[1] - size + 1, -1))
+            own = grad[rows].view(1, tiles.shape[1] - size + 1, -1, x.shape[1])
             of_weight += _of_weight(tiles, weight, own)
             of_bias += grad[rows].sum(0)
     return of_x, of_weight, of_bias

@@ -124,7 +124,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is added to all rows (R, hidden), and the class tokens' weights (R, H)."""
         parts = normed_products(x, self.norm, self.qkv.weight.chunk(3), narrow)
-        q, k, v = (part.unflatten(1, (self.options.heads, -1)) for part in parts)
+        q, k, v = (part.view(len(x), self.options.heads, -1) for part in parts)
         weights = None
         if self.options.attention == "exact":
             found = varlen_self_attention(q, k, v, rows.borders)
@@ -159,8 +159,8 @@ class Attention(nn.Module):
         taps = functional.pad(self.taps, (0, 1))[:, (after + half).clamp(max=2 * half + 1)]
         both = weights + taps.T
         mixed, _ = gather(both[:, None], x.to(both.dtype)[:, None], rows.borders)
-        found = torch.einsum("bhc,hdc->bhd", mixed[:, 0], of_v.unflatten(0, (heads, -1)))
-        return self.out(found.flatten(1)), weights
+        found = torch.einsum("bhc,hdc->bhd", mixed[:, 0], of_v.view(heads, -1, x.shape[1]))
+        return linear(found.flatten(1), self.out), weights
 
     def pulled(self, x: Tensor, rows: Rows, narrow: torch.dtype, weights: Tensor) -> Tensor:
         """Return Σ_i w_i N_ij (R,), the mean over heads; the convolution is left out."""
@@ -181,7 +181,8 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x times a third of the weight, (R, H, d)."""
         found = functional.linear(x, weight.to(x.dtype))
-        return found.unflatten(1, (self.options.heads, -1))
+        heads = self.options.heads
+        return found.view(len(x), heads, self.options.hidden // heads)
 
 
 @register(
@@ -252,17 +253,18 @@ class TransMIL(Aggregator):
 
     def _rows(self, h: Tensor, bags: Bags) -> tuple[Tensor, Rows]:
         """Return class tokens, tiles (T, hidden) and what is repeated, and where they are."""
-        parts, added = [], []
-        for tiles in h.split(bags.lengths.tolist()):
+        parts: list[Tensor] = []
+        added: list[int] = []
+        for tiles in torch.split(h, bags.lengths.tolist()):
             more = 0 if self.options.ppeg == "lattice" else _to_square(len(tiles))
             parts += [self.class_token, tiles, tiles[:more]]
             added.append(more)
-        more = torch.tensor(added, device=h.device)
-        starts = functional.pad((bags.lengths + 1 + more).cumsum(0), (1, 0))
+        repeated = torch.tensor(added, device=h.device)
+        starts = functional.pad((bags.lengths + 1 + repeated).cumsum(0), (1, 0))
         bag = bag_of_tile(bags.cu_seqlens, len(h))
         own = torch.arange(len(h), device=h.device) - bags.cu_seqlens.long()[bag]
         tile = starts[bag] + 1 + own
-        again = torch.where(own < more[bag], tile + bags.lengths[bag], sum(map(len, parts)))
+        again = torch.where(own < repeated[bag], tile + bags.lengths[bag], sum(map(len, parts)))
         return torch.cat(parts), Rows(starts.int(), starts[:-1], tile, again)
 
     def _between(self, x: Tensor, rows: Rows, bags: Bags) -> Tensor:
