@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,17 +81,22 @@ def test_without_slopes_it_is_plain_attention() -> None:
     assert_close_to_float64(alibi_attention(**inputs), torch.cat(parts), rtol=1e-5)
 
 
-def test_gradcheck_and_compilation() -> None:
+def attending() -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Return attention of q, k and v, and these in float64."""
     inputs: dict[str, Any] = case((1, 5), dtype=torch.float64)
-    q, k, v = (inputs.pop(name) for name in "qkv")
+    leaves = tuple(inputs.pop(name).requires_grad_() for name in "qkv")
+    return lambda q, k, v: alibi_attention(q, k, v, **inputs), leaves
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return alibi_attention(q, k, v, **inputs)
 
-    leaves = tuple(x.requires_grad_() for x in (q, k, v))
-    assert torch.autograd.gradcheck(attend, leaves)
+def test_gradcheck() -> None:
+    assert torch.autograd.gradcheck(*attending())
+
+
+@pytest.mark.slow
+def test_compilation() -> None:
+    attend, leaves = attending()
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+    torch.testing.assert_close(compiled(*leaves), attend(*leaves))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
