@@ -107,12 +107,14 @@ def shared_out(shares: Tensor, counts: Tensor, budget: int) -> Tensor:
     quotas = torch.zeros_like(counts)
     while True:
         left, room = budget - int(quotas.sum()), counts - quotas
+        if left == int(room.sum()):
+            return counts
         claims = torch.where(room > 0, shares, 0.0)
         if not float(claims.sum()):
             claims = room.to(shares.dtype)
         exact = left * claims / claims.sum().clamp(min=torch.finfo(claims.dtype).tiny)
         is_full = (exact >= room) & (room > 0)
-        if not bool(is_full.any()) or left == int(room.sum()):
+        if not bool(is_full.any()):
             break
         quotas = torch.where(is_full, counts, quotas)
     given = torch.minimum(exact.floor().long(), room)

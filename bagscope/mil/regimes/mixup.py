@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bagscope.errors import ConfigError
 from bagscope.kernels.segments import bag_of_tile
+from bagscope.mil.aggregators.registry import aggregator_entry
 from bagscope.mil.bags import Bags
 from bagscope.mil.objectives.fitted import Losses
 from bagscope.mil.recipe import TrainSpec
@@ -66,7 +67,7 @@ class Mixup(Regime):
         partner = torch.arange(1, len(bags) + 1, device=bags.features.device) % len(bags)
         mixed = bags.picked(*mixed_rows(uniforms(bags), bags.cu_seqlens, partner, share))
         # Places of the two would lie upon each other, and a label holds for a part alone.
-        mixed = replace(mixed, grid=None, coords_l0=None, targets=None)
+        mixed = replace(mixed, grid=None, coords_l0=None, parent=None, targets=None)
         output = self.inner(mixed)
         targets = bags.targets or {}
         others = {name: rows[partner] for name, rows in targets.items()}
@@ -79,7 +80,7 @@ class Mixup(Regime):
 
     @classmethod
     def refuse(cls, recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
-        """Refuse steps of a single bag, and a loss that compares bags.
+        """Refuse steps of a single bag, and losses that compare bags or need a single class.
 
         Raises:
             ConfigError: says which.
@@ -88,6 +89,14 @@ class Mixup(Regime):
             raise ConfigError(
                 "regime mixup mixes the bags of a step, and bags.bags_per_step is 1; set it to 2 "
                 "or more"
+            )
+        built_by = aggregator_entry(recipe.aggregator.name).build
+        unheard = sorted(set(getattr(built_by, "label_terms", ())) & set(recipe.objective.terms))
+        if unheard:
+            raise ConfigError(
+                f"objective: terms gives a weight to {', '.join(unheard)}, which aggregator "
+                f"{recipe.aggregator.name} learns from a bag's class, and the bags that regime "
+                "mixup makes have two; leave them out, or choose another regime"
             )
         if recipe.objective.survival == "cox":
             raise ConfigError(

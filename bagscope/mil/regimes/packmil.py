@@ -86,6 +86,10 @@ class PackMIL(Regime):
         """Return those of the aggregator; behind a downsampler they hold of the bag as it is."""
         return self.inner.pooling_terms(self._whole(bags))
 
+    def rollout(self, bags: Bags) -> Tensor | None:
+        """Return that of the aggregator, about whole bags."""
+        return self.inner.rollout(self._whole(bags))
+
     def begin(self, objective: FittedObjective) -> None:
         """Keep the objective, which hyperslides get their labels from."""
         self._objective = objective
@@ -180,6 +184,7 @@ class PackMIL(Regime):
             features=features,
             cu_seqlens=borders,
             grid=None,
+            parent=None,
             coords_l0=None,
             tile_slide=None,
             tile_row=None,
@@ -272,8 +277,17 @@ def _places(bags: Bags, borders: Tensor) -> Bags:
 def _embedding_width(inner: Aggregator, features: int) -> int:
     was_training = inner.training
     inner.eval()
+    # With all the places that an aggregator may go by.
+    bag = Bags.of([torch.zeros(1, features)], grid=[torch.zeros(1, 2, dtype=torch.int32)])
+    bag = replace(
+        bag,
+        coords_l0=bag.grid,
+        slide_ids=bag.bag_ids,
+        tile_slide=torch.zeros(1, dtype=torch.int32),
+        tile_um=torch.ones(1, dtype=torch.float64),
+        mpp_l0=torch.ones(1, dtype=torch.float64),
+    )
     with torch.no_grad():
-        grid = [torch.zeros(1, 2, dtype=torch.int32)]
-        found = inner(Bags.of([torch.zeros(1, features)], grid=grid))
+        found = inner(bag)
     inner.train(was_training)
     return found.embedding.shape[1]

@@ -81,6 +81,10 @@ class Regime(Aggregator):
         """Return those of the aggregator inside."""
         return self.inner.pooling_terms(bags)
 
+    def rollout(self, bags: Bags) -> Tensor | None:
+        """Return that of the aggregator inside."""
+        return self.inner.rollout(bags)
+
     def begin(self, objective: FittedObjective) -> None:
         """Hear of the objective, before the first step."""
 

@@ -29,7 +29,7 @@ from bagscope.mil.recipe import AggregatorSpec, TrainSpec
 from bagscope.mil.regimes.choosing import chosen_tiles
 from bagscope.mil.regimes.coarse_view import CoarseView
 from bagscope.mil.regimes.regime import BuildInner, Judge, Preparation, Regime
-from bagscope.mil.regimes.registry import register_regime, without_regime
+from bagscope.mil.regimes.registry import refuse_impossible, register_regime, without_regime
 from bagscope.mil.targets import TargetSpec
 from bagscope.specs import Spec, parse_spec
 
@@ -116,6 +116,10 @@ class TwoStage(Regime):
         """Return None: without a tile, others may be chosen, so the sum does not hold."""
         return None
 
+    def rollout(self, bags: Bags) -> Tensor | None:
+        """Return None: it would be of the tiles that were looked at alone."""
+        return None
+
     def preparation(self, recipe: TrainSpec) -> Preparation:
         """Return the training of the coarse stage."""
         plain = without_regime(recipe)
@@ -137,9 +141,14 @@ class TwoStage(Regime):
         """Take the coarse stage as it was trained."""
         self.coarse.load_state_dict(trained.state_dict())
 
+    @property
+    def needs_parents(self) -> bool:
+        """Return True: what is chosen are parents."""
+        return True
+
     @classmethod
     def refuse(cls, recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
-        """Refuse classes that there are not, and a scale that fits one resolution only.
+        """Refuse what either stage can't learn, and a scale that fits one resolution only.
 
         Raises:
             ConfigError: says which.
@@ -150,7 +159,9 @@ class TwoStage(Regime):
                 "regime two_stage: bags.standardise takes means over fine tiles, which coarse ones "
                 "are counted several times in; leave it out"
             )
+        coarse = without_regime(recipe).model_copy(update={"aggregator": options.coarse})
         if not options.negative:
+            refuse_impossible(coarse, targets)
             return
         if len(targets) != 1 or not targets[0].is_categorical:
             raise ConfigError(
@@ -163,6 +174,12 @@ class TwoStage(Regime):
                 f"regime two_stage: negative is {', '.join(options.negative)}, and the classes of "
                 f"{targets[0].name} are {', '.join(targets[0].classes)}; name some of them"
             )
+        if not isinstance(recipe.objective.class_weights, str):
+            raise ConfigError(
+                "regime two_stage: objective.class_weights has a number per class, and with "
+                "negative the coarse stage tells two kinds apart; take balanced or none"
+            )
+        refuse_impossible(coarse, _two_classes(targets))
 
     def _asked(self, bags: Bags) -> tuple[BagOutput, Tensor]:
         """Return what the fine stage says, with a score for every tile, and the tiles it saw."""

@@ -114,7 +114,7 @@ SLOW = {
     "transmil",
     "vit",
 }
-"""Of these, only the defaults are checked every time."""
+"""Of these, only the defaults are checked every time, and not compiled: layers take long there."""
 
 
 def test_every_kind_is_of_a_registered_one() -> None:
@@ -123,6 +123,12 @@ def test_every_kind_is_of_a_registered_one() -> None:
 
 @pytest.mark.parametrize("name", aggregator_names())
 def test_with_its_defaults(name: str) -> None:
+    check_aggregator(name, features=32, outputs=3, compiled=name not in SLOW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_compiled_with_its_defaults(name: str) -> None:
     check_aggregator(name, features=32, outputs=3)
 
 

@@ -16,7 +16,7 @@ def borders_of(*lengths: int) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 9)), min_size=1, max_size=8), st.data())
 def test_a_budget_is_given_away_whole_and_nobody_gets_more_than_it_has(
     claims: list[tuple[float, int]], data: st.DataObject

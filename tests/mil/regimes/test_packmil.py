@@ -19,7 +19,7 @@ from bagscope.mil.bags import BagOutput, Bags
 from bagscope.mil.cases import Case
 from bagscope.mil.objectives.fitted import FittedObjective, Losses
 from bagscope.mil.objectives.objective import build_objective
-from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.recipe import AggregatorSpec, TrainSpec
 from bagscope.mil.regimes.packmil import PackMIL
 from bagscope.mil.regimes.registry import build_model, refuse_impossible
 from bagscope.mil.sources import ArraySource
@@ -457,3 +457,14 @@ def test_compressed_tiles_have_no_place_on_a_lattice() -> None:
     )
     with pytest.raises(ConfigError, match=r"no place on the lattice .* set downsampler: none"):
         build_model(recipe, DIMENSION, 2)
+
+
+def test_a_predictor_of_hyperslides_fits_an_aggregator_that_goes_by_micrometres() -> None:
+    options = {"hidden": 8, "heads": 2, "mixer": "alibi"}
+    recipe = packing(dual=True).model_copy(
+        update={"aggregator": AggregatorSpec(name="vit", options=options)}
+    )
+    model = build_model(recipe, DIMENSION, 2)
+    assert isinstance(model, PackMIL)
+    assert model.predictor is not None
+    assert model.predictor.in_features == 8

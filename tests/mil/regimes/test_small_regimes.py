@@ -178,6 +178,17 @@ def test_what_does_not_go_together_is_refused() -> None:
     survival = TargetSpec(column="os", task="survival", time="months", event="dead")
     with pytest.raises(ConfigError, match="Cox's loss is of all bags"):
         refuse_impossible(cox, [survival])
+    for name in ("ins", "comel", "clam_sb", "clam_mb"):
+        taught = TrainSpec.model_validate(
+            {
+                "aggregator": {"name": name},
+                "regime": {"name": "mixup"},
+                "bags": {"bags_per_step": 4},
+                "objective": {"terms": {"instance": 0.5}},
+            }
+        )
+        with pytest.raises(ConfigError, match=f"weight to instance, which aggregator {name} "):
+            refuse_impossible(taught, [TARGET])
     with pytest.raises(ConfigError, match="goes by their places"):
         build_model(
             TrainSpec.model_validate(

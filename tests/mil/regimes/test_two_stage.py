@@ -14,6 +14,7 @@ from bagscope.errors import ConfigError
 from bagscope.mil.cases import Case
 from bagscope.mil.explain.pools import packed, with_donors
 from bagscope.mil.inference import outputs
+from bagscope.mil.objectives.spec import ObjectiveSpec
 from bagscope.mil.recipe import BagSpec, TrainSpec
 from bagscope.mil.regimes.coarse_view import CoarseView
 from bagscope.mil.regimes.registry import build_model, refuse_impossible
@@ -164,6 +165,18 @@ def test_what_does_not_go_together_is_refused() -> None:
     scaled = recipe_of().model_copy(update={"bags": BagSpec(standardise=True)})
     with pytest.raises(ConfigError, match="standardise takes means over fine tiles"):
         refuse_impossible(scaled, [GRADES])
+
+
+def test_what_the_coarse_stage_cannot_learn_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="are of one resolution; give those of two aligned"):
+        Trainer(recipe_of(), [GRADES], source_of(6, parents=False), None, seed=0)
+    with pytest.raises(ConfigError, match=r"aggregator ins learns from .* given grade"):
+        refuse_impossible(recipe_of(coarse={"name": "ins"}, negative=()), [GRADES])
+    weighted = recipe_of().model_copy(
+        update={"objective": ObjectiveSpec(class_weights=(1.0, 2.0, 3.0))}
+    )
+    with pytest.raises(ConfigError, match="class_weights has a number per class"):
+        refuse_impossible(weighted, [GRADES])
 
 
 def test_tiles_taken_out_or_brought_in_keep_their_parents() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from bagscope.errors import ConfigError
 from bagscope.mil.cases import Case, CaseTable
+from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.splits.plan import Split, SplitPlan, SplitSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.mil.training.trainer import Trainer
@@ -67,3 +68,21 @@ def test_a_plateau_that_nothing_shows_is_refused() -> None:
         Trainer(recipe, [TARGET], made_source(4), None, seed=0)
     # The final model: how long is known from members that had such a part.
     Trainer(recipe, [TARGET], made_source(4), None, seed=0, stop_after=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("transmil", {"ppeg": "lattice"}), ("rrt", {"places": "lattice"})]
+)
+@pytest.mark.parametrize("regime", ["full", "mixup"])
+def test_a_lattice_that_there_is_not_is_refused_before_training(
+    name: str, options: dict[str, str], regime: str
+) -> None:
+    recipe = TrainSpec.model_validate(
+        {
+            "aggregator": {"name": name, "options": {"hidden": 16, "heads": 2, **options}},
+            "regime": {"name": regime},
+            "bags": {"bags_per_step": 2},
+        }
+    )
+    with pytest.raises(ConfigError, match="places on (the|one) lattice"):
+        Trainer(recipe, [TARGET], made_source(6), None, seed=0)
