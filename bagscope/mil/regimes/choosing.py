@@ -64,9 +64,10 @@ def principal(points: Tensor, components: int) -> Tensor:
     # Of the two Gram matrices the smaller one: both have the components.
     if centred.shape[0] < centred.shape[1]:
         values, vectors = torch.linalg.eigh(centred @ centred.T)
-        return vectors[:, -count:] * values[-count:].clamp(min=0).sqrt()
-    vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors
-    return centred @ vectors[:, -count:]
+        found: Tensor = vectors[:, -count:] * values[-count:].clamp(min=0).sqrt()
+        return found
+    axes: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors
+    return centred @ axes[:, -count:]
 
 
 def clustered(points: Tensor, weights: Tensor, clusters: int) -> Tensor:

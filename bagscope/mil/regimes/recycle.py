@@ -94,7 +94,6 @@ class Recycle(nn.Module):
             coords_l0=None,
             grid=None,
             parent=None,
-            parent=None,
             tile_slide=None,
             tile_row=None,
         )

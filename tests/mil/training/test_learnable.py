@@ -84,5 +84,5 @@ def test_a_lattice_that_there_is_not_is_refused_before_training(
             "bags": {"bags_per_step": 2},
         }
     )
-    with pytest.raises(ConfigError, match="places on (the|one) lattice"):
+    with pytest.raises(ConfigError, match=r"places on (the|one) lattice"):
         Trainer(recipe, [TARGET], made_source(6), None, seed=0)
