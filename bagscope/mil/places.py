@@ -17,6 +17,11 @@ def require_places(model: Aggregator, recipe: TrainSpec, source: BagSource) -> N
         ConfigError: it has none.
     """
     kind, case = f"aggregator {recipe.aggregator.name} with these options", source.cases[0].case_id
+    if model.needs_parents and source.parent(0) is None:
+        raise ConfigError(
+            f"regime {recipe.regime.name}: the features of {case} are of one resolution; give "
+            "those of two aligned tilings, as FINE::COARSE (bagscope tile --coarser-mpp)"
+        )
     if model.needs_micrometres:
         bag = source.read(0, np.zeros(1, np.int64))
         if bag.coords_l0 is None or not np.isfinite(bag.mpp_l0).all():

@@ -25,6 +25,8 @@ from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 class CLAMMB(Aggregator):
     """One attention for each class; its scores have a column per class."""
 
+    label_terms = ("instance",)
+
     def __init__(self, features: int, outputs: int, options: CLAMOptions) -> None:
         super().__init__()
         self.attention = attention_of(features, outputs, options)

@@ -24,6 +24,8 @@ from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
 class CLAMSB(Aggregator):
     """One attention for all classes."""
 
+    label_terms = ("instance",)
+
     def __init__(self, features: int, outputs: int, options: CLAMOptions) -> None:
         super().__init__()
         self.attention = attention_of(features, 1, options)

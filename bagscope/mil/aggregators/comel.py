@@ -67,6 +67,8 @@ class CoMELOptions(Spec):
 class CoMEL(Aggregator):
     """Grouped double attention, attention pooling, and a classifier of tiles."""
 
+    label_terms = ("instance",)
+
     def __init__(self, features: int, outputs: int, options: CoMELOptions) -> None:
         super().__init__()
         self.options = options

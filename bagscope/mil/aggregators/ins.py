@@ -86,6 +86,8 @@ class INSOptions(Spec):
 class INS(Aggregator):
     """A classifier of tiles that is taught by soft targets; a bag is the mean of its tiles."""
 
+    label_terms = ("instance", "contrast", "warm_up")
+
     def __init__(self, features: int, outputs: int, options: INSOptions) -> None:
         super().__init__()
         self.options = options

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -36,7 +36,12 @@ class Aggregator(nn.Module):
 
     A subclass is built as `cls(features, outputs, options)`: width of the input, number of logits,
     and its own options.
+
+    Attributes:
+        label_terms: of its losses, those that are there only where each bag has one class.
     """
+
+    label_terms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +74,11 @@ class Aggregator(nn.Module):
     @property
     def needs_micrometres(self) -> bool:
         """Return whether tiles without places in micrometres are refused."""
+        return False
+
+    @property
+    def needs_parents(self) -> bool:
+        """Return whether tiles of a single resolution are refused."""
         return False
 
     @classmethod

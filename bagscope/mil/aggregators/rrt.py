@@ -149,6 +149,11 @@ class RRT(Aggregator):
         found: Tensor = self.norm(h)
         return found
 
+    @property
+    def needs_grid(self) -> bool:
+        """Return whether tiles without places on a lattice are refused."""
+        return self.options.places == "lattice"
+
     def _regions(self, bags: Bags) -> Way:
         side = self.options.regions
         if self.options.places == "stored":

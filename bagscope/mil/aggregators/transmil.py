@@ -251,6 +251,11 @@ class TransMIL(Aggregator):
         found = functional.pad(found, (0, 1))
         return shares_of(found[rows.tile] + found[rows.again], bags.cu_seqlens)
 
+    @property
+    def needs_grid(self) -> bool:
+        """Return whether tiles without places on a lattice are refused."""
+        return self.options.ppeg == "lattice"
+
     def _rows(self, h: Tensor, bags: Bags) -> tuple[Tensor, Rows]:
         """Return class tokens, tiles (T, hidden) and what is repeated, and where they are."""
         parts: list[Tensor] = []
