@@ -20,6 +20,10 @@ def normed_products(
 ) -> tuple[Tensor, ...]:
     """Return LN(x) Wᵀ (R, ·) for each W, in a dtype; the norm is computed again for gradients."""
     dtype = computing_dtype(x.new_empty(0, dtype=narrow))
+    if torch.compiler.is_compiling():
+        # A compiler decides for itself what it keeps.
+        normed = norm(x).to(dtype)
+        return tuple(normed @ weight.to(dtype).T for weight in weights)
     found: tuple[Tensor, ...] = _NormedProducts.apply(
         x, norm.weight, norm.bias, norm.eps, dtype, *weights
     )
