@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -231,3 +232,12 @@ def test_impossible_heads_and_agents_are_refused() -> None:
         mixer_of("softmax", heads=5)
     with pytest.raises(ConfigError, match="agents is 5, and a window has a square number"):
         mixer_of("agent", agents=5, window=3)
+
+
+def test_tiles_of_two_slides_of_a_bag_are_no_neighbours() -> None:
+    mixer, bags = mixer_of("neighbours", radius=3), bags_of((24,), slides=2)
+    changed = replace(bags, features=bags.features.clone())
+    changed.features[12:] += 1.0
+    one, other = run(mixer, bags), run(mixer, changed)
+    assert torch.equal(one[:12], other[:12])
+    assert not torch.allclose(one[12:], other[12:])
