@@ -57,6 +57,7 @@ def convert(bagscope: Command, checkpoint: Path, out: Path, *more: object) -> Ra
     return bagscope(*asked, *more)
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_formulas(
     bagscope: Command, checkpoint: Path, features: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_wrong_usage_is_one_sentence(bagscope: Command, tmp_path: Path) -> None:
     assert bagscope("explain", tmp_path, "--shares", "1;2").code == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_score_file_is_told_and_the_others_are_explained(
     bagscope: Command, tmp_path: Path
 ) -> None:

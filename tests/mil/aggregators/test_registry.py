@@ -33,7 +33,9 @@ def test_an_entry_tells_what_it_is(name: str) -> None:
     assert entry.name == name
     assert entry.summary
     assert entry.reference
-    assert entry.is_order_free == (name not in ("dtfd", "mambamil", "rrt", "transmil", "vit"))
+    assert entry.is_order_free == (
+        name not in ("comel", "dtfd", "mambamil", "rrt", "transmil", "vit")
+    )
     assert not entry.mixes_bags
 
 

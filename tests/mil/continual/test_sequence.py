@@ -62,6 +62,7 @@ def matrix_of(way: Way) -> NDArray[np.float64]:
     return found
 
 
+@pytest.mark.slow
 def test_adapters_keep_what_plain_fine_tuning_forgets() -> None:
     adapted, plain = matrix_of("owlora"), matrix_of("finetune")
     # Both ways learn both tasks ...
