@@ -181,7 +181,7 @@ def test_a_file_of_tasks_is_read_strictly(tmp_path: Path) -> None:
     path = tmp_path / "tasks.yaml"
     for tasks, said in (
         ([{"name": "a", "column": "x"}], "at least two tasks"),
-        ([{"name": "a", "column": "x"}, {"name": "b", "colum": "y"}], "task 2.*did you mean"),
+        ([{"name": "a", "column": "x"}, {"name": "b", "columm": "y"}], "task 2.*did you mean"),
         ([{"name": "a", "column": "x"}, {"name": "b/", "column": "y"}], "choose another"),
         (
             [{"name": "a", "column": "x"}, {"name": "b", "column": "y", "classes": ["z"]}],
