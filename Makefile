@@ -40,7 +40,10 @@ lint: $(READY)
 check: lint ## lint, types and the tests without coverage
 	$(BIN)/python -m pytest -q -m 'not slow and not gpu and not network' -n $(JOBS) --dist worksteal
 
-test: $(READY) ## the tests, with coverage; under ten minutes on two cores
+test: $(READY) ## the tests; under ten minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow and not network' -n $(JOBS) --dist worksteal
+
+coverage: $(READY) ## the same tests with their coverage, which takes a fifth longer
 	$(BIN)/python -m pytest -m 'not slow and not network' -n $(JOBS) --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --sort=cover
 	$(BIN)/coverage report --include='bagscope/wsi/*,bagscope/cohort/*,bagscope/features/*,bagscope/artifacts.py' --fail-under=90 --format=total
@@ -92,4 +95,4 @@ docs: $(READY) ## check the docs: links, verbs, options, and that commands and e
 clean: ## remove the environment and everything that a verb made
 	rm -rf $(VENV) demo build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo fmt lint check test test-slow test-gpu bench zoo bench-gpu drill golden docs clean
+.PHONY: help install demo fmt lint check test coverage test-slow test-gpu bench zoo bench-gpu drill golden docs clean

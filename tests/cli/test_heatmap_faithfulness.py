@@ -154,6 +154,7 @@ def test_planted_slides_are_believed_and_shuffled_attention_warns(
     assert scores["driving"] > 0.35 and scores["shuffled"] < scores["driving"] - 0.2
 
 
+@pytest.mark.slow
 def test_contributions_and_disagreement_are_drawn(
     bagscope: Command, runs: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_training_ends_with_a_bundle_and_out_of_fold_scores(
     assert f"{path}: content changed since it was written" in ran.out
 
 
+@pytest.mark.slow
 def test_members_and_their_mean_on_the_training_study(bagscope: Command, trained: Path) -> None:
     ran = predict(bagscope, trained, "--embeddings")
     assert ran.code == 0, ran.err

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from bagscope import artifacts
@@ -131,6 +132,7 @@ def test_nothing_in_a_pseudonymised_review_says_who_it_is(
     assert comments[names[IDS[1]]] == "=1+1"
 
 
+@pytest.mark.slow
 def test_shards_make_one_review_and_verdicts_are_checked(bagscope: Command, tmp_path: Path) -> None:
     run = reviewed_run(tmp_path)
     folder = tmp_path / "out"
