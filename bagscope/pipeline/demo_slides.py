@@ -27,7 +27,7 @@ TRUTH_NAME = "truth"
 MPP = 0.5
 TISSUE_FRACTION = 0.5
 TUMOR_FRACTIONS = (0.02, 0.06)
-VARIETY = 1.6
+VARIETY = 2.0
 """Slides differ so much in their tissue that a little tumour is lost in their means."""
 WORKER_MODULES = ("bagscope.wsi.synthetic.painter", "bagscope.wsi.synthetic.slide", "cv2", "numpy")
 
