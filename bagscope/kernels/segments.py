@@ -38,6 +38,11 @@ def require_borders(cu_seqlens: Tensor, tiles: int) -> None:
         )
 
 
+def borders_of(lengths: Tensor) -> Tensor:
+    """Return the borders (B + 1,) int32 of bags of these lengths (B,), laid end to end."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+
+
 def bag_of_tile(cu_seqlens: Tensor, tiles: int) -> Tensor:
     """Return the bag of every tile: (T,) int64."""
     lengths = cu_seqlens.diff().long()

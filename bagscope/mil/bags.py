@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bagscope.kernels.segments import bag_of_tile, borders_of
+
 ScoreKind = Literal["logit", "log_weight", "instance_logit"]
 """What a tile's score is: a logit of its own, a logit of attention (the weight is its softmax over
 the bag), or the logit of a class for this tile alone."""
@@ -142,6 +144,13 @@ class Bags:
             for name in ("coords_l0", "grid", "parent", "tile_slide", "tile_row")
         }
         return replace(self, features=self.features[rows], cu_seqlens=cu_seqlens, **per_tile)
+
+    def where(self, is_kept: Tensor) -> Bags:
+        """Return the same bags with the tiles that a mask (T,) bool keeps."""
+        bag = bag_of_tile(self.cu_seqlens, len(is_kept))
+        counts = torch.zeros(len(self), dtype=torch.int64, device=bag.device)
+        counts = counts.index_add_(0, bag, is_kept.long())
+        return self.picked(is_kept.nonzero()[:, 0], borders_of(counts))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Bags:
         """Return the batch on a device, its features in a dtype."""

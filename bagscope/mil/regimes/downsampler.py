@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bagscope.kernels.segment_softmax_pool import accumulator
-from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.segments import bag_of_tile, borders_of
 from bagscope.mil.aggregators.layers import linear, xavier
 from bagscope.mil.bags import segment_softmax
 
@@ -94,7 +94,7 @@ class Downsampler(nn.Module):
         whose = torch.cat([group_bag, bag[~is_grouped]])
         counts = torch.bincount(whose, minlength=len(lengths))
         found = torch.cat([made, h[~is_grouped]])[whose.argsort(stable=True)]
-        fewer = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(cu_seqlens.dtype)
+        fewer = borders_of(counts)
         return linear(found, self.out), fewer
 
     def padded(self, cu_seqlens: Tensor, is_long: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Downsampler(nn.Module):
         lengths = cu_seqlens.diff()
         filled = (lengths + self.r - 1) // self.r * self.r
         lengths = torch.where(is_long, filled, lengths)
-        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(cu_seqlens.dtype)
+        return borders_of(lengths)
 
     def _weighted(self, features: Tensor, cu_seqlens: Tensor) -> Tensor:
         scores = linear(linear(features, self.v).tanh(), self.w)

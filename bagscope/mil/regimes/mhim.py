@@ -32,6 +32,7 @@ from bagscope.mil.recipe import RegimeSpec, TrainSpec
 from bagscope.mil.regimes.draws import uniforms
 from bagscope.mil.regimes.embedded import Embedded, EmbeddingSpec
 from bagscope.mil.regimes.masks import MaskSpec, masked_tiles
+from bagscope.mil.regimes.ranking import own_scores
 from bagscope.mil.regimes.recycle import Recycle, RecycleSpec
 from bagscope.mil.regimes.regime import BuildInner, Judge, Preparation, Regime
 from bagscope.mil.regimes.registry import register_regime, without_regime
@@ -253,10 +254,7 @@ class MHIM(Regime):
         is_seen = ~masked_tiles(
             scores, bags.cu_seqlens, self.options.masks, draw, progress=bags.progress
         )
-        bag = bag_of_tile(bags.cu_seqlens, len(is_seen))
-        counts = bags.lengths.new_zeros(len(bags)).index_add_(0, bag, is_seen.to(torch.int32))
-        borders = torch.cat([counts.new_zeros(1), counts.cumsum(0).to(counts.dtype)])
-        return bags.picked(is_seen.nonzero()[:, 0], borders)
+        return bags.where(is_seen)
 
     def _require_classes(self, features: int, outputs: int) -> None:
         where = "regime mhim: score is class_aware, "
@@ -285,16 +283,6 @@ class MHIM(Regime):
                 f"{where}and this aggregator's logits are no weighted sum over tiles; take score: "
                 "attention, or another aggregator"
             )
-
-
-def own_scores(output: BagOutput) -> Tensor:
-    """Return the scores (T, K) that tiles are ranked by: columns of attention, or one of logits.
-
-    Of logits, the highest over the classes counts.
-    """
-    if output.score_kind == "log_weight":
-        return output.scores
-    return output.scores.amax(1, keepdim=True)
 
 
 def class_aware_scores(terms: PoolingTerms, cu_seqlens: Tensor) -> Tensor:

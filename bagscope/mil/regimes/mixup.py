@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bagscope.errors import ConfigError
-from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.segments import bag_of_tile, borders_of
 from bagscope.mil.aggregators.registry import aggregator_entry
 from bagscope.mil.bags import Bags
 from bagscope.mil.objectives.fitted import Losses
@@ -129,5 +129,5 @@ def mixed_rows(
     rows = torch.cat([order[stays], order[goes]])
     place = torch.cat([bag[stays], taker[bag[goes]]])
     counts = torch.bincount(place, minlength=len(lengths))
-    borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(cu_seqlens.dtype)
+    borders = borders_of(counts)
     return rows[place.argsort(stable=True)], borders

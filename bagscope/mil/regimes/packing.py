@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.segments import bag_of_tile, borders_of
 
 
 class Part(NamedTuple):
@@ -104,5 +104,5 @@ def _ranks(cu_seqlens: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
 
 def _chosen(rows: Tensor, bag: Tensor, is_in: Tensor, bags: int) -> Part:
     counts = torch.bincount(bag[is_in], minlength=bags)
-    borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    borders = borders_of(counts)
     return Part(rows[is_in], borders)

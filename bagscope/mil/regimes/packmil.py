@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bagscope.errors import ConfigError
+from bagscope.kernels.segments import borders_of
 from bagscope.mil.aggregators.layers import xavier
 from bagscope.mil.aggregators.registry import Aggregator
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
@@ -257,7 +258,7 @@ def _hyperslides(parts: Bags, has: Tensor, pack: Tensor) -> Bags:
     begins = pack.diff(prepend=pack[:1] - 1).tolist()
     return replace(
         parts,
-        cu_seqlens=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(parts.cu_seqlens.dtype),
+        cu_seqlens=borders_of(counts),
         bag_ids=tuple(
             f"hyperslide from {name}"
             for name, is_first in zip(names, begins, strict=True)

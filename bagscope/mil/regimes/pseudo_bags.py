@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.segments import bag_of_tile, borders_of
 from bagscope.mil.bags import Bags
 from bagscope.mil.objectives.fitted import Losses
 from bagscope.mil.regimes.blending import blended
@@ -66,7 +66,7 @@ def dealt(order: Tensor, cu_seqlens: Tensor, number: int, count: int) -> tuple[T
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     sizes = ((lengths - number - 1) // count + 1).clamp(min=1)
-    borders = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(cu_seqlens.dtype)
+    borders = borders_of(sizes)
     bag = bag_of_tile(borders, int(borders[-1]))
     turn = torch.arange(len(bag), device=bag.device) - borders[:-1].long()[bag]
     place = (number + turn * count) % lengths[bag]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bagscope.kernels.cross_attention_pool import cross_attention_pool
 from bagscope.kernels.linear_attention.halves import gather
-from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.segments import bag_of_tile, borders_of
 from bagscope.mil.aggregators.layers import draw_seed, dropped, linear
 from bagscope.mil.bags import Bags
 from bagscope.mil.regimes.masks import ranked
@@ -80,7 +80,7 @@ class Recycle(nn.Module):
         # In float64, as the original rounds: ⌊35 · 0.8⌋ is 28.
         kept = (borders.diff().double() * self.spec.keep).floor().to(borders.dtype)
         stays = ranked(numbers, borders) < kept[bag]
-        rest = _borders(borders.diff() - kept)
+        rest = borders_of(borders.diff() - kept)
         recycled = self._asked(x[~stays], rest, bags)
         if self.training:
             self._recycled.append(recycled.detach())
@@ -90,7 +90,7 @@ class Recycle(nn.Module):
         return replace(
             bags,
             features=tokens[order],
-            cu_seqlens=_borders(kept + self.spec.queries),
+            cu_seqlens=borders_of(kept + self.spec.queries),
             coords_l0=None,
             grid=None,
             parent=None,
@@ -125,7 +125,3 @@ class Recycle(nn.Module):
             return recycled
         rows = recycled.flatten(0, 1)
         return dropped(rows, spec.dropout, draw_seed(bags, use=6)).view_as(recycled)
-
-
-def _borders(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0).to(lengths.dtype)])

@@ -21,13 +21,14 @@ from pydantic import Field
 from torch import Tensor
 
 from bagscope.errors import ConfigError
-from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.segments import bag_of_tile, borders_of
 from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms, segment_softmax
 from bagscope.mil.objectives.fitted import FittedObjective, Losses
 from bagscope.mil.recipe import AggregatorSpec, TrainSpec
 from bagscope.mil.regimes.choosing import chosen_tiles
 from bagscope.mil.regimes.coarse_view import CoarseView
+from bagscope.mil.regimes.ranking import own_scores
 from bagscope.mil.regimes.regime import BuildInner, Judge, Preparation, Regime
 from bagscope.mil.regimes.registry import refuse_impossible, register_regime, without_regime
 from bagscope.mil.targets import TargetSpec
@@ -185,10 +186,7 @@ class TwoStage(Regime):
         """Return what the fine stage says, with a score for every tile, and the tiles it saw."""
         is_seen = self.looked_at(bags)
         bag = bag_of_tile(bags.cu_seqlens, len(is_seen))
-        counts = torch.bincount(bag[is_seen], minlength=len(bags))
-        borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(bags.cu_seqlens.dtype)
-        fine = bags.features[:, : -self.coarse_width]
-        shown = replace(bags, features=fine).picked(is_seen.nonzero()[:, 0], borders)
+        shown = replace(bags, features=bags.features[:, : -self.coarse_width]).where(is_seen)
         output = self.inner(shown)
         lowest = output.scores.new_full((len(bags), output.scores.shape[1]), torch.inf)
         own = bag[is_seen][:, None].expand_as(output.scores)
@@ -214,8 +212,7 @@ class TwoStage(Regime):
         keys, whose = torch.unique(bag * most + bags.parent, return_inverse=True)
         rows = torch.arange(tiles, device=bag.device)
         first = rows.new_full((len(keys),), tiles).scatter_reduce(0, whose, rows, "amin")
-        counts = torch.bincount(bag[first], minlength=len(bags))
-        borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(bags.cu_seqlens.dtype)
+        borders = borders_of(torch.bincount(bag[first], minlength=len(bags)))
         coarse = replace(
             bags,
             features=bags.features[first, -self.coarse_width :],
@@ -229,7 +226,7 @@ class TwoStage(Regime):
         )
         output = self.coarse(coarse)
         of_bag = bag_of_tile(borders, len(keys))
-        weights = segment_softmax(_as_attention(output).double(), of_bag, len(bags)).mean(1)
+        weights = segment_softmax(own_scores(output).double(), of_bag, len(bags)).mean(1)
         chosen = chosen_tiles(
             coarse.features.float(),
             weights,
@@ -239,13 +236,6 @@ class TwoStage(Regime):
             components=self.options.components,
         )
         return chosen[whose]
-
-
-def _as_attention(output: BagOutput) -> Tensor:
-    """Return columns (T, K) whose softmax is the attention; of logits, the highest class counts."""
-    if output.score_kind == "log_weight":
-        return output.scores
-    return output.scores.amax(1, keepdim=True)
 
 
 def _two_classes(targets: Sequence[TargetSpec]) -> tuple[TargetSpec, ...]:

@@ -18,7 +18,8 @@ from bagscope.errors import ConfigError
 from bagscope.mil.bags import BagOutput, Bags
 from bagscope.mil.inference import outputs
 from bagscope.mil.recipe import TrainSpec
-from bagscope.mil.regimes.mhim import MHIM, MHIMOptions, class_aware_scores, own_scores
+from bagscope.mil.regimes.mhim import MHIM, MHIMOptions, class_aware_scores
+from bagscope.mil.regimes.ranking import own_scores
 from bagscope.mil.regimes.registry import build_model, refuse_impossible, without_regime
 from bagscope.mil.training.trainer import Trained, Trainer
 from bagscope.pipeline.recipes import load_recipe
