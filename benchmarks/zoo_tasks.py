@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from bag_training import Labelled
+from classic_mil import read
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from bagscope.features.store import FeatureStore
 from bagscope.testing import planted_bags, planted_pairs
+from bagscope.testing.pairs import square_lattice
 
 BAGS, TILES, DIMENSION = 150, (200, 2000), 32
 FOLDS, INNER = 3, 0.2
@@ -73,7 +75,7 @@ def task_of(name: str, mil_data: Path | None, demo: Path | None) -> Task | None:
 
 def _single(share: float) -> Task:
     made = planted_bags(BAGS, tiles=TILES, dimension=DIMENSION, share=share, seed=0)
-    grids = [planted_lattice(len(bag)) for bag in made.bags]
+    grids = [square_lattice(len(bag)) for bag in made.bags]
     return Task(
         name=f"single {share:.1%}",
         data=Labelled(bags=made.bags, labels=made.labels, grids=grids),
@@ -103,27 +105,9 @@ _PLANTED = {
 NAMES = (*_PLANTED, *CLASSIC, "demo")
 
 
-def planted_lattice(size: int) -> NDArray[np.int32]:
-    """Return (size, 2) places, row by row on a square."""
-    edge = int(np.ceil(np.sqrt(size)))
-    rows, columns = np.divmod(np.arange(size), edge)
-    return np.stack([columns, rows], axis=1).astype(np.int32)
-
-
 def _classic(path: Path) -> Task:
-    with np.load(path) as file:
-        bag = file["bag"]
-        order = np.argsort(bag, kind="stable")
-        borders = np.flatnonzero(np.diff(bag[order])) + 1
-        bags = np.split(file["x"][order].astype(np.float32), borders)
-        inst = file["inst"][order].astype(bool) if "inst" in file else None
-        labels = file["y"].astype(np.int64)
-    return Task(
-        name=path.stem,
-        data=Labelled(bags=bags, labels=labels),
-        what="a classic data set",
-        truth=None if inst is None else tuple(np.split(inst, borders)),
-    )
+    data = read(path)
+    return Task(name=data.name, data=data.labelled, what="a classic data set", truth=data.truth)
 
 
 def _demo(folder: Path) -> Task:

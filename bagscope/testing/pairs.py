@@ -104,7 +104,7 @@ def planted_pairs(
     bags, grids, truth = [], [], []
     for place, label in enumerate(labels):
         size = int(generator.integers(tiles[0], tiles[1] + 1))
-        grid = _lattice(size)
+        grid = square_lattice(size)
         half = max(2, round(share * size / 2))
         if kind == "together":
             of_first = half if label else 2 * half * (place // 2 % 2)
@@ -132,7 +132,7 @@ def planted_pairs(
     )
 
 
-def _lattice(size: int) -> NDArray[np.int32]:
+def square_lattice(size: int) -> NDArray[np.int32]:
     """Return (size, 2) places, row by row on a square whose last row may be cut short."""
     edge = int(np.ceil(np.sqrt(size)))
     rows, columns = np.divmod(np.arange(size), edge)
