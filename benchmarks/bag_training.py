@@ -127,12 +127,12 @@ def kept(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def widths(name: str, hidden: int, attention: int) -> dict[str, Any]:
-    """Return the options that make an aggregator so wide, of those that it has."""
-    wanted = {"hidden": hidden, "attention": attention, "attention_width": attention}
+def widths(name: str, hidden: int, attention: int, **further: float) -> dict[str, Any]:
+    """Return the options that make an aggregator so wide, and further ones, of those it has."""
+    wanted = {"hidden": hidden, "attention": attention, "attention_width": attention, **further}
     fields = aggregator_entry(name).options.model_fields
     # A word of the same name chooses a kind of attention.
-    numbers = {key for key, field in fields.items() if int in _kinds(field.annotation)}
+    numbers = {key for key, field in fields.items() if {int, float} & {*_kinds(field.annotation)}}
     return {key: width for key, width in wanted.items() if key in numbers}
 
 

@@ -20,7 +20,10 @@ from bagscope.features.store import FeatureStore
 from bagscope.testing import planted_bags, planted_pairs
 from bagscope.testing.pairs import square_lattice
 
-BAGS, TILES, DIMENSION = 150, (200, 2000), 32
+BAGS, TILES = 150, (200, 2000)
+DIMENSION = 32
+# Two kinds of tiles, so easy to see that few bags suffice to learn what they mean together.
+PAIRS_DIMENSION, PAIRS_SHARE, PAIRS_SHIFT = 8, 0.1, 10.0
 FOLDS, INNER = 3, 0.2
 CLASSIC = ("musk1", "fox", "alt_atheism")
 
@@ -86,7 +89,16 @@ def _single(share: float) -> Task:
 
 
 def _pairs(kind: str, what: str) -> Task:
-    made = planted_pairs(kind, BAGS, tiles=TILES, dimension=DIMENSION, seed=0)  # type: ignore[arg-type]
+    made = planted_pairs(
+        kind,  # type: ignore[arg-type]
+        BAGS,
+        dimension=PAIRS_DIMENSION,
+        tiles=TILES,
+        share=PAIRS_SHARE,
+        shift=PAIRS_SHIFT,
+        offset=0.0,
+        seed=0,
+    )
     return Task(
         name=kind,
         data=Labelled(bags=made.bags, labels=made.labels, grids=made.grids),
