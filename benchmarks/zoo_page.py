@@ -28,10 +28,10 @@ INTRODUCTION = f"""\
 Every recipe on the same {FOLDS} folds; a fifth of the bags to learn from is the inner
 part, which chooses the epoch. One setting for all: narrow (64, attention 32, two heads,
 16 landmarks, no dropout), 10 epochs of two bags a step (recipes that pack: up to eight,
-and as many steps), a rate of 1e-3 with a cosine, no tuning. AUROC is the mean over folds, with a bootstrap of
-bags within folds and classes; the difference from ABMIL is paired. Seconds are of one
-fold's training on one core. Numbers compare recipes at one budget; with their own widths
-and epochs they may come to more."""
+and as many steps), a rate of 1e-3 with a cosine, no tuning. AUROC is the mean over
+folds, with a bootstrap of bags within folds and classes; the difference from ABMIL is
+paired. Seconds are of one fold's training on one core. Numbers compare recipes at one
+budget; with their own widths and epochs they may come to more."""
 COSTS = """\
 Seconds of a training step, and memory above the bag, at the recipes' own widths and 1,024
 features; float32, all cores. A curve ends where a step passes 60 s or 16 GB."""
