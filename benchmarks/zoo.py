@@ -36,6 +36,12 @@ from bagscope.pipeline.recipes import load_recipe, recipe_names
 EPOCHS, LEARNING_RATE, BAGS_PER_STEP = 10, 1e-3, 2
 MOST_BAGS_PER_STEP = 8
 NARROW = {"heads": 2, "cross_heads": 2, "landmarks": 16, "dropout": 0.0}
+MEANINGLESS = {
+    "acmil": {"heads", "dropout"},
+    "mhim_v1": {"hidden", "dropout"},
+    "mhim_v2": {"hidden", "dropout"},
+}
+"""Options that mean nothing in a recipe: one attention, a projection that is the regime's."""
 Item = tuple[str, str, int]
 """Task, recipe, fold."""
 
@@ -154,11 +160,20 @@ def recipe_of(name: str, full: bool) -> TrainSpec:
     if full:
         return recipe
     bags_per_step = min(max(BAGS_PER_STEP, recipe.bags.bags_per_step), MOST_BAGS_PER_STEP)
+    options = widths(recipe.aggregator.name, 64, 32, **NARROW)
+    for key in MEANINGLESS.get(name, ()):
+        del options[key]
+    is_embedded = recipe.regime.name == "mhim"
+    regime = {"embedding": {"width": 64, "dropout": 0.0}} if is_embedded else {}
     return load_recipe(
         name,
         {
-            "aggregator": {"options": widths(recipe.aggregator.name, 64, 32, **NARROW)},
-            "bags": {"bags_per_step": bags_per_step, "standardise": True},
+            "aggregator": {"options": options},
+            "regime": {"options": regime},
+            "bags": {
+                "bags_per_step": bags_per_step,
+                "standardise": recipe.regime.name != "two_stage",
+            },
             "optimiser": {"lr": LEARNING_RATE, "schedule": "cosine", "warmup_epochs": 0.0},
             # As many steps for all.
             "training": {
