@@ -24,6 +24,7 @@ avoid_broken_units()
 
 import recording  # noqa: E402
 import torch  # noqa: E402
+from high_water import HighWater  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -365,15 +366,9 @@ def step_memory_mib(name: str, tiles: int) -> float:
     for tensor in p.values():
         tensor.grad = None
     x = bag(tiles, device)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_kib("VmRSS")
+    memory = HighWater()
     one(x)
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split(f"{key}:")[1].split()[0])
+    return memory.raised_mib
 
 
 def rate_rows(device: torch.device) -> list[recording.Row]:

@@ -13,8 +13,6 @@ precision: the test AUROC after bfloat16 training beside that after float32, on 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import statistics
 import subprocess
 import sys
@@ -33,6 +31,7 @@ import torch  # noqa: E402
 from bag_training import TARGET, Labelled, score, train, widths  # noqa: E402
 from bench_kernels import has_fast_bf16  # noqa: E402
 from eager_models import EAGER, relative_error  # noqa: E402
+from high_water import HighWater  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from bagscope.features.feature_file import FeatureHeader, write_feature_file  # noqa: E402
@@ -240,17 +239,9 @@ def step_memory_mib(way: str, method: str, tiles: int) -> float:
 
     one(bag(64))  # libraries load, and threads start, before the bag is there
     bags = bag(tiles)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_kib("VmRSS")
+    memory = HighWater()
     one(bags)
-    return (status_kib("VmHWM") - before) / 1024
-
-
-def status_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split(f"{key}:")[1].split()[0])
+    return memory.raised_mib
 
 
 def cohort_rows(folder: Path, count: int) -> list[recording.Row]:

@@ -7,8 +7,6 @@ size where a step passes `MOST_SECONDS` or `MOST_GIB`, and says so.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import resource
 import subprocess
@@ -16,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from high_water import HighWater
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 FEATURES = 1024
@@ -108,10 +108,7 @@ def step_cost(recipe_name: str, tiles: int) -> dict[str, float]:
 
     step(bags_of(64 * count))  # libraries load, and threads start, before the bag is there
     bags = bags_of(tiles)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_kib("VmRSS")
+    memory = HighWater()
     times = []
     for _ in range(3):
         began_s = time.perf_counter()
@@ -119,7 +116,7 @@ def step_cost(recipe_name: str, tiles: int) -> dict[str, float]:
         times.append(time.perf_counter() - began_s)
         if sum(times) > MOST_SECONDS / 2:
             break
-    return {"seconds": min(times), "mib": (_status_kib("VmHWM") - before) / 1024}
+    return {"seconds": min(times), "mib": memory.raised_mib}
 
 
 def _with_places(bags: Any) -> Any:
@@ -138,11 +135,6 @@ def _with_places(bags: Any) -> Any:
         tile_um=torch.full((len(bags),), 128.0, dtype=torch.float64),
         mpp_l0=torch.full((len(bags),), 0.5, dtype=torch.float64),
     )
-
-
-def _status_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split(f"{key}:")[1].split()[0])
 
 
 if __name__ == "__main__":
