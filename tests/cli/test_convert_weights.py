@@ -21,6 +21,7 @@ from tests.mil.originals.published import PUBLISHED, random_weights
 
 Command = Callable[..., Ran]
 SLIDES = {"a": 40, "b": 3, "c": 1}
+TILE = {"tile_px": 256, "mpp": 0.5, "mpp_effective": 0.502}
 _, CLAM = PUBLISHED["clam-mb-small"]
 _, SINGLE = PUBLISHED["dsmil-single"]
 
@@ -39,7 +40,7 @@ def features(tmp_path: Path) -> Path:
     """Return a folder of features of three slides."""
     folder = tmp_path / "features"
     for name, tiles in SLIDES.items():
-        store_slide(folder, name, tiles, CLAM.features)
+        store_slide(folder, name, tiles, CLAM.features, tile=TILE)
     return folder
 
 
@@ -128,7 +129,7 @@ def test_unknown_features_are_taken_on_the_user_s_word_alone(
     ran = bagscope(*asked, "--assume", "demo")
     assert ran.code == 0, ran.out + ran.err
     record = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
-    assert record["assumed"]["fields"] == ["encoder", "tile_px", "mpp"]
+    assert record["assumed"]["fields"] == ["encoder", *TILE]
 
 
 @pytest.mark.slow
