@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +49,15 @@ def view(
     cache_mib: Annotated[
         int, typer.Option("--cache-mib", min=1, help="MiB of pictures to keep in memory")
     ] = CACHE_MIB,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            "--annotations",
+            help="what was drawn, <slide_id>.geojson each, to show",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Serve the review page from the original slides, to this machine only; Ctrl-C ends it."""
@@ -60,6 +70,7 @@ def view(
             token=token,
             workers=workers,
             cache_mib=cache_mib,
+            annotations=annotations,
         )
     )
     if as_json:

@@ -45,7 +45,7 @@ from bagscope.wsi.identity import slide_identity
 from bagscope.wsi.outline import Region
 from bagscope.wsi.overlay import encode_jpeg
 from bagscope.wsi.roi import require_inside
-from bagscope.wsi.slide import Slide
+from bagscope.wsi.slide import RectL0, Slide
 
 NUMERICS = 2
 """Raised by hand, with a changelog line, when the same slide would look different."""
@@ -286,24 +286,32 @@ def _cut_gallery(slide: Slide, scored: Scored, folder: Path, shown: _Shown) -> N
 
 
 def _read_annotation(slide: Slide, task: ReviewTask, shown: _Shown) -> None:
+    shown.regions, notes, reasons = annotation_of(task, slide.info.bounds_l0)
+    shown.notes += notes
+    shown.reasons += reasons
+
+
+def annotation_of(
+    task: ReviewTask, bounds_l0: RectL0
+) -> tuple[list[Region], tuple[str, ...], tuple[str, ...]]:
+    """Return what was drawn on a slide, and why it can't be shown: for the page, for the user."""
     if task.annotation is None:
-        return
-    bounds = slide.info.bounds_l0
+        return [], (), ()
     try:
-        regions = read_regions(task.annotation, bounds_l0=bounds)
+        regions = read_regions(task.annotation, bounds_l0=bounds_l0)
         require_inside(
             regions,
-            bounds,
+            bounds_l0,
             slide_name=task.slide.slide_id,
             file_name=task.annotation.name,
         )
     except SlideError as error:
-        shown.lacks("Its annotation can't be shown", error, task)
-        return
+        return [], *_told("Its annotation can't be shown", error, task)
     names = task.pseudonyms
-    shown.regions = [
+    scrubbed = [
         replace(one, class_name=names.scrubbed(one.class_name)) if names else one for one in regions
     ]
+    return scrubbed, (), ()
 
 
 def _told(what: str, error: Exception, task: ReviewTask) -> tuple[tuple[str, ...], tuple[str, ...]]:

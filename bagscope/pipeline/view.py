@@ -42,6 +42,7 @@ class ViewRequest:
             where others than this machine can ask, else for none.
         workers: processes that read slides.
         cache_mib: of pictures that are kept.
+        annotations: GeoJSON files, one for each slide, to show.
     """
 
     study: Path
@@ -51,6 +52,7 @@ class ViewRequest:
     token: str | None = None
     workers: int = READERS
     cache_mib: int = CACHE_MIB
+    annotations: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,11 +171,11 @@ def _runs(request: ViewRequest) -> dict[str, ServedRun]:
     found = {place.parent.name: place.parent for place in folder.glob(f"runs/[!.]*/{SCORES_NAME}")}
     for scores in folder.glob(f"predictions/[!.]*/[!.]*/{SCORES_NAME}"):
         found[f"{scores.parents[1].name}.{scores.parent.name}"] = scores.parent
-    counts = {
-        name: sum(1 for _ in (place / SCORES_NAME).glob("[!.]*.h5"))
+    slides = {
+        name: [path.stem for path in (place / SCORES_NAME).glob("[!.]*.h5")]
         for name, place in sorted(found.items())
     }
-    shown = [name for name, count in counts.items() if count]
+    shown = [name for name, own in slides.items() if own]
     if request.run is not None and request.run not in shown:
         raise ConfigError(
             f"{request.study}: has no run {request.run!r} with scores"
@@ -183,11 +185,22 @@ def _runs(request: ViewRequest) -> dict[str, ServedRun]:
         raise ConfigError(
             f"{request.study}: has no run with scores yet; make one with bagscope train"
         )
+    chosen = [name for name in shown if request.run in (None, name)]
+    drawn = _annotations(request, {slide_id for name in chosen for slide_id in slides[name]})
     return {
-        name: ServedRun(name=name, about=_about(counts[name]), data=LiveRun(found[name]))
-        for name in shown
-        if request.run in (None, name)
+        name: ServedRun(
+            name=name, about=_about(len(slides[name])), data=LiveRun(found[name], drawn)
+        )
+        for name in chosen
     }
+
+
+def _annotations(request: ViewRequest, slide_ids: set[str]) -> Mapping[str, Path]:
+    if request.annotations is None:
+        return {}
+    from bagscope.pipeline.explain_annotations import annotation_files
+
+    return annotation_files(request.annotations, sorted(slide_ids))
 
 
 def _about(count: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bagscope.artifacts import fingerprint
 from bagscope.errors import ArtifactError
 from bagscope.heatmaps.review.live.reader import CutWanted, SlideAt
+from bagscope.wsi.slide import RectL0
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from bagscope.heatmaps.review.live.reader import SlideFacts, Wanted
+    from bagscope.heatmaps.review.pyramid import Picture
     from bagscope.pipeline.review import PlannedReview, ReviewTask
 
 _GALLERY_NAME = re.compile(r"(\d{1,8})\.jpg", re.ASCII)
@@ -27,10 +31,12 @@ class LiveRun:
 
     Args:
         place: a run, or a folder of predictions.
+        annotations: GeoJSON of slides by their ids, to show.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, annotations: Mapping[str, Path] | None = None) -> None:
         self._place = place
+        self._annotations = annotations or {}
         self._lock = threading.Lock()
 
     def slide_at(self, key: str) -> SlideAt | None:
@@ -64,7 +70,7 @@ class LiveRun:
 
     def slide_script(self, key: str, facts: SlideFacts | None) -> bytes:
         """Return the script of one slide."""
-        from bagscope.pipeline.review_worker import scored_slide, slide_bytes
+        from bagscope.pipeline.review_worker import annotation_of, scored_slide, slide_bytes
 
         task = self._task(key)
         scored = scored_slide(task)
@@ -72,8 +78,12 @@ class LiveRun:
         if facts is None and (scored.places is None or scored.places.is_slide):
             where = "is in no cohort of this study" if task.slide.path is None else "can't be read"
             notes.append(f"The slide {where}, so there is no picture of it.")
-        picture = None if facts is None else facts.picture
-        return slide_bytes(task, scored, picture=picture, notes=notes)
+        if facts is None:
+            return slide_bytes(task, scored, picture=None, notes=notes)
+        regions, faults, _ = annotation_of(task, _bounds_l0(facts.picture))
+        return slide_bytes(
+            task, scored, picture=facts.picture, regions=regions, notes=[*notes, *faults]
+        )
 
     def gallery_tile(self, key: str, name: str) -> Wanted | None:
         """Return the tile of the model that a picture of the gallery shows."""
@@ -95,7 +105,10 @@ class LiveRun:
 
     @cached_property
     def _tasks(self) -> dict[str, ReviewTask]:
-        return {task.key: task for task in self._plan.tasks.values()}
+        return {
+            task.key: replace(task, annotation=self._annotations.get(slide_id))
+            for slide_id, task in self._plan.tasks.items()
+        }
 
     @property
     def _plan(self) -> PlannedReview:
@@ -108,6 +121,16 @@ class LiveRun:
 
         # Of a bundle that may lie there with other settings nothing is replaced: nothing is made.
         return plan_review(ReviewRequest(place=self._place, overwrite=True))
+
+
+def _bounds_l0(picture: Picture) -> RectL0:
+    """Return the scanned area; a pixel of a picture at full resolution is one of level 0."""
+    return RectL0(
+        x_l0=int(picture.x_l0),
+        y_l0=int(picture.y_l0),
+        width_l0=picture.width,
+        height_l0=picture.height,
+    )
 
 
 class _Tiles(NamedTuple):

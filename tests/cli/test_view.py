@@ -19,6 +19,8 @@ import pytest
 from scipy import special
 
 from bagscope.errors import ConfigError
+from bagscope.heatmaps.review.live.reader import SlideFacts
+from bagscope.heatmaps.review.pyramid import Picture
 from bagscope.pipeline.view import ViewRequest, open_view
 from tests.cli.conftest import Ran, files_of
 from tests.heatmaps.made_run import made_study, write_scores
@@ -147,6 +149,40 @@ def test_requests_that_no_browser_sends_are_refused(
         assert b"Traceback" not in answer
         assert b"slide_id" not in answer
     assert asked(port, "/abmil/")[0] == 200
+
+
+def test_what_was_drawn_is_shown_in_the_slide_s_own_frame(study: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    square = [[[10, 20], [110, 20], [110, 120], [10, 120], [10, 20]]]
+    far = [[[x + 9_000, y] for x, y in square[0]]]
+    for slide_id, rings in (("a", square), ("b", far), ("c", square)):
+        feature = {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": rings},
+            "properties": {"classification": {"name": "Tumor", "color": [200, 0, 0]}},
+        }
+        (drawn / f"{slide_id}.geojson").write_text(json.dumps(feature))
+    opened = open_view(ViewRequest(study=study, run="abmil", annotations=drawn))
+    opened.listener.close()
+    data = opened.runs["abmil"].data
+    picture = Picture(width=500, height=380, downsample=1.0, x_l0=12.0, y_l0=4.0)
+    facts = SlideFacts(width_l0=512, height_l0=384, mpp=0.5, picture=picture)
+    (shown,) = script(data.slide_script("a", facts))["annotations"]  # type: ignore[misc]
+    assert shown["class"] == "Tumor"
+    # QuPath, whose file this is, counts from the corner of the scanned area.
+    shifted = {(x + 12, y + 4) for x, y in square[0]}
+    assert {tuple(point) for point in shown["polygons"][0][0]} == shifted
+    outside = script(data.slide_script("b", facts))
+    assert outside["annotations"] == []
+    assert "every region of b.geojson lies outside the slide" in str(outside["notes"])
+    assert str(tmp_path) not in str(outside)
+    assert script(data.slide_script("c", None))["annotations"] == []
+    (drawn / "a.geojson").rename(drawn / "x.geojson")
+    for slide_id in "bc":
+        (drawn / f"{slide_id}.geojson").unlink()
+    with pytest.raises(ConfigError, match="has no file of any of the 3 slides"):
+        open_view(ViewRequest(study=study, run="abmil", annotations=drawn))
 
 
 def test_ctrl_c_ends_it_at_once_and_quietly(
