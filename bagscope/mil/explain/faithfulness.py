@@ -107,6 +107,13 @@ class Faithfulness:
                 f"{shown} not drive this prediction: the tiles shown as hot speak against it, "
                 "which is surer without them."
             )
+        if self.score >= THRESHOLD:
+            # Its own number, which stands beside the sentence, would contradict "little more".
+            return (
+                f"{shown} not surely drive this prediction: the tiles shown as hot matter more to "
+                "it than random ones do on average, but one random order in "
+                f"{round(1 / self.chance)} does as well."
+            )
         return (
             f"{shown} not drive this prediction: taking out the tiles shown as hot changes it "
             "little more than taking out random ones."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,16 @@ def test_where_nothing_moves_it_is_said() -> None:
     found = faithfulness(pool, rows, attention)
     assert found.movable < 0.05
     assert "it stays, whether" in found.warning
+
+
+def test_a_warning_never_contradicts_the_score_beside_it() -> None:
+    pool, rows, attention = planted(1)
+    found = faithfulness(pool, rows, attention)
+    chancy = replace(found, score=0.38, chance=0.08)
+    assert "not surely drive this prediction" in chancy.warning
+    assert "one random order in 12 does as well" in chancy.warning
+    faint = replace(found, score=THRESHOLD - 0.01, chance=0.01, high=0.2)
+    assert "little more than taking out random ones" in faint.warning
 
 
 @pytest.mark.parametrize("kind", ["clam_mb", "max"])

@@ -26,7 +26,10 @@
   function outcomeChip(slide) {
     const outcome = outcomeOf(slide);
     if (outcome === "unknown") return el("span", { class: "quiet" }, "–");
-    return el("span", { class: `chip ${outcome}` }, outcome === "wrong" ? "✕ wrong" : "✓ right");
+    // Who is mistaken, the model or the label, is for the reviewer to say.
+    return outcome === "wrong"
+      ? el("span", { class: "chip wrong", title: "Predicted is not the truth that is stated; either may be mistaken" }, "✕ discordant")
+      : el("span", { class: "chip right", title: "Predicted is the truth that is stated" }, "✓ concordant");
   }
 
   function answerCell(slide) {
