@@ -192,6 +192,7 @@ def plan_continual(
     from bagscope.features.store import FeatureStore
     from bagscope.mil.aggregators.registry import aggregator_entry
     from bagscope.mil.continual.sequence import require_plain
+    from bagscope.mil.sources import StoreSource
     from bagscope.pipeline.splits import split_spec
     from bagscope.pipeline.train_data import (
         find_features,
@@ -215,11 +216,13 @@ def plan_continual(
     plan, notes = split_plan(
         study, table, name=request.split, spec=split_spec(study), dry_run=dry_run
     )
-    dimension = FeatureStore.open(location).record(table.cases[0].slide_ids[0]).shape[1]
+    store = FeatureStore.open(location)
+    dimension = store.record(table.cases[0].slide_ids[0]).shape[1]
     each = [task_table(table, task) for task in spec.tasks]
     for task, own in zip(spec.tasks, each, strict=True):
         kept = plan.restricted_to({case.case_id for case in own.cases})
-        require_learnable(recipe, own, kept, dimension)
+        source = StoreSource(store, own.chosen(kept.case_ids))
+        require_learnable(recipe, own, kept, dimension, source)
         untested = [split.name for split in kept.splits if not split.test]
         if untested:
             notes = (*notes, f"task {task.name}: no test case in {listed(untested)}")

@@ -101,7 +101,7 @@ def require_learnable(
         table: the cases and their labels.
         plan: the splits.
         dimension: of the features.
-        source: of a case, to see whether tiles have the places that a model goes by.
+        source: of the cases, to see whether tiles have the places that a model goes by.
 
     Raises:
         ConfigError: an aggregator or options of it that there are not, or that teach nothing; a
