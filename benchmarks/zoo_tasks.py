@@ -21,9 +21,10 @@ from bagscope.testing import planted_bags, planted_pairs
 from bagscope.testing.pairs import square_lattice
 
 BAGS, TILES = 150, (200, 2000)
-DIMENSION = 32
-# Two kinds of tiles, so easy to see that few bags suffice to learn what they mean together.
-PAIRS_DIMENSION, PAIRS_SHARE, PAIRS_SHIFT = 8, 0.1, 10.0
+SHIFT = 10.0
+"""Easy to see, so that so few bags and steps suffice to learn which tiles, or pairs of them, tell."""
+SINGLE_DIMENSION = 16
+PAIRS_DIMENSION, PAIRS_SHARE = 8, 0.1
 FOLDS, INNER = 3, 0.2
 CLASSIC = ("musk1", "fox", "alt_atheism")
 
@@ -77,7 +78,9 @@ def task_of(name: str, mil_data: Path | None, demo: Path | None) -> Task | None:
 
 
 def _single(share: float) -> Task:
-    made = planted_bags(BAGS, tiles=TILES, dimension=DIMENSION, share=share, seed=0)
+    made = planted_bags(
+        BAGS, tiles=TILES, dimension=SINGLE_DIMENSION, share=share, shift=SHIFT, seed=0
+    )
     grids = [square_lattice(len(bag)) for bag in made.bags]
     return Task(
         name=f"single {share:.1%}",
@@ -95,7 +98,7 @@ def _pairs(kind: str, what: str) -> Task:
         dimension=PAIRS_DIMENSION,
         tiles=TILES,
         share=PAIRS_SHARE,
-        shift=PAIRS_SHIFT,
+        shift=SHIFT,
         offset=0.0,
         seed=0,
     )
