@@ -22,7 +22,7 @@ from bagscope.testing.pairs import square_lattice
 
 BAGS, TILES = 150, (200, 2000)
 SHIFT = 10.0
-"""Easy to see, so that so few bags and steps suffice to learn which tiles, or pairs of them, tell."""
+"""Easy to see, so that so few bags and steps suffice to learn which tiles, or pairs, tell."""
 SINGLE_DIMENSION = 16
 PAIRS_DIMENSION, PAIRS_SHARE = 8, 0.1
 FOLDS, INNER = 3, 0.2

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from bagscope.cli import console, options
+from bagscope.cli import console, options, target_options
+from bagscope.errors import ConfigError
 from bagscope.pipeline.convert_weights import (
     PlannedBundle,
     WeightsRequest,
@@ -27,14 +28,14 @@ def convert_weights(
         Path, typer.Option("--out", help="the bundle, NAME.bagscope", show_default=False)
     ],
     classes: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--classes",
             metavar="A,B,…",
             help="a name for each logit, in order; of two, the last is the positive",
             show_default=False,
         ),
-    ],
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option(
@@ -45,11 +46,31 @@ def convert_weights(
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="column of the labels that the classes are of")
-    ] = "label",
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="column of the labels that the classes are of (default: label); of survival, a "
+            "name",
+            show_default=False,
+        ),
+    ] = None,
     task: Annotated[
-        WeightTask, typer.Option("--task", help="whether a bag has one of the classes, or any")
+        WeightTask,
+        typer.Option("--task", help="whether a bag has one of the classes, or any, or a risk"),
     ] = "classes",
+    time: target_options.Time = None,
+    event: target_options.Event = None,
+    edges: Annotated[
+        str | None,
+        typer.Option(
+            "--edges",
+            metavar="T0,T1,…",
+            help="survival: where the time bins of the training begin and end, one more than "
+            "logits; none of Cox",
+            show_default=False,
+        ),
+    ] = None,
     features: Annotated[
         Path | None,
         typer.Option(
@@ -112,10 +133,13 @@ def convert_weights(
     request = WeightsRequest(
         checkpoint=checkpoint,
         out=out,
-        classes=tuple(part.strip() for part in classes.split(",") if part.strip()),
+        classes=_parts(classes),
         source=source,
         target=target,
         task=task,
+        time=time,
+        event=event,
+        edges=_numbers(edges),
         features=features,
         encoder=encoder,
         mpp=mpp,
@@ -130,6 +154,17 @@ def convert_weights(
         return
     done = write_weights(request)
     _print("converted", done.planned, as_json=as_json, path=done.path, is_new=done.is_new)
+
+
+def _parts(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _numbers(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _parts(text))
+    except ValueError as error:
+        raise ConfigError(f"--edges {text}: write numbers, as --edges 0,12,24,60,120") from error
 
 
 def _print(
@@ -155,9 +190,9 @@ def _print(
         console.print_json(event, {**facts, **written})
         return
     read = ", ".join(f"{name} {fitted.options[name]}" for name in fitted.told)
-    classes = ", ".join(planned.member.targets[0].classes)
+    outputs = ", ".join(planned.member.targets[0].classes) or "a risk"
     typer.echo(
-        f"{fitted.source} → {fitted.aggregator}: {fitted.features} features in, {classes} out"
+        f"{fitted.source} → {fitted.aggregator}: {fitted.features} features in, {outputs} out"
     )
     typer.echo(f"read off the weights: {read}")
     for note in planned.notes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from bagscope.specs import parse_spec
 if TYPE_CHECKING:
     from bagscope.mil.feature_origin import FeatureOrigin
     from bagscope.mil.member import Member
+    from bagscope.mil.objectives.fitted import AnyCriterion, FittedObjective
     from bagscope.mil.originals.shapes import Fitted
     from bagscope.mil.targets import TargetSpec
 
@@ -30,8 +32,10 @@ NUMERICS = 1
 SUFFIX = ".bagscope"
 MEMBER_NAME = "converted"
 HALF = 0.5
+LABEL = "label"
+"""The column of labels where none is named."""
 
-WeightTask = Literal["classes", "multilabel"]
+WeightTask = Literal["classes", "multilabel", "survival"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +45,15 @@ class WeightsRequest:
     Attributes:
         checkpoint: a file of safetensors, or of what `torch.save` wrote.
         out: the bundle.
-        classes: a name for each logit, in order; of two, the last is the positive.
+        classes: a name for each logit, in order; of two, the last is the positive. None of
+            survival.
         source: the original; recognised by its tensors if None.
-        target: what the classes are of: a column of labels.
-        task: whether a bag has one of the classes, or any of them.
+        target: what the classes are of: a column of labels; of survival, a name.
+        task: whether a bag has one of the classes, or any of them, or a risk.
+        time: of survival, the column of the follow-up time.
+        event: of survival, the column of the event.
+        edges: of survival in bins, where the bins of the training begin and end, in the unit of
+            the time: one more than there are logits. Cox's single logit has none.
         features: of the kind that the model was trained on; says all that follows.
         encoder: of the training features; unknown if None.
         mpp: requested of the training tiles; unknown if None.
@@ -57,10 +66,13 @@ class WeightsRequest:
 
     checkpoint: Path
     out: Path
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
     source: str | None = None
-    target: str = "label"
+    target: str | None = None
     task: WeightTask = "classes"
+    time: str | None = None
+    event: str | None = None
+    edges: tuple[float, ...] = ()
     features: Path | None = None
     encoder: str | None = None
     mpp: float | None = None
@@ -103,20 +115,16 @@ def plan_weights(request: WeightsRequest) -> PlannedBundle:
     Raises:
         ConfigError: it can't be read, fits no original, or does not go with the options.
     """
+    from bagscope.mil.originals import PARTS
     from bagscope.mil.originals.checkpoint import read_checkpoint, without
     from bagscope.mil.originals.shapes import fit, recognise
-    from bagscope.mil.targets import TargetSpec
 
     if request.out.suffix != SUFFIX:
         raise ConfigError(f"--out is {request.out}; a bundle's name ends in {SUFFIX}")
     if problem := artifacts.portable_name_problem(request.out.stem):
         raise ConfigError(f"--out: the name {request.out.stem!r} {problem}; choose another")
-    target = parse_spec(
-        TargetSpec,
-        {"column": request.target, "task": request.task, "classes": request.classes},
-        where="options",
-    )
-    tensors = without(read_checkpoint(request.checkpoint, request.key), request.ignore)
+    target = _target(request)
+    tensors = without(read_checkpoint(request.checkpoint, request.key, PARTS), request.ignore)
     try:
         fitted = (
             recognise(tensors, request.settings)
@@ -125,7 +133,7 @@ def plan_weights(request: WeightsRequest) -> PlannedBundle:
         )
     except ConfigError as error:
         raise ConfigError(f"{request.checkpoint}: {error}") from error
-    _require_logits(fitted, target)
+    _require_logits(fitted, target, request.edges)
     _require_numbers(fitted, request.checkpoint)
     origin = _origin(request, fitted.features)
     return PlannedBundle(
@@ -174,21 +182,38 @@ def convert_weights(request: WeightsRequest) -> ConvertedWeights:
     return ConvertedWeights(planned=planned, path=out, is_new=is_new)
 
 
+def _target(request: WeightsRequest) -> TargetSpec:
+    from bagscope.mil.targets import TargetSpec
+
+    values: dict[str, Any] = {"task": request.task, "classes": request.classes}
+    if request.task == "survival":
+        own = {"column": request.target or "", "time": request.time, "event": request.event}
+    elif request.time or request.event or request.edges:
+        raise ConfigError(
+            f"--time, --event and --edges belong to survival, and --task is {request.task}; pass "
+            "--task survival, or leave them out"
+        )
+    else:
+        own = {"column": request.target or LABEL}
+    return parse_spec(TargetSpec, {**values, **own}, where="options")
+
+
 def _member(
     request: WeightsRequest, fitted: Fitted, target: TargetSpec, origin: FeatureOrigin
 ) -> Member:
     from bagscope.mil.member import Member
-    from bagscope.mil.recipe import TrainSpec
     from bagscope.mil.statistics import FeatureStatistics
 
     aggregator: dict[str, Json] = {"name": fitted.aggregator, "options": dict(fitted.options)}
-    recipe = parse_spec(TrainSpec, {"aggregator": aggregator}, where=str(request.checkpoint))
+    more: dict[str, Json] = {} if fitted.regime is None else {"regime": dict(fitted.regime)}
+    if request.edges:
+        more["edges"] = list(request.edges)
     reason = f"the weights came from {fitted.source} without cases to choose by"
     has_threshold = target.task == "classes" and len(target.classes) == 2
     return Member(
-        recipe=recipe,
+        recipe=fitted.recipe,
         targets=(target,),
-        objective=_objective(target),
+        objective=_objective(target, request.edges),
         weights=dict(fitted.weights),
         statistics=FeatureStatistics.unknown(fitted.features),
         uncalibrated={target.name: reason},
@@ -202,30 +227,41 @@ def _member(
             "key": request.key,
             "ignored": list(request.ignore),
             "aggregator": aggregator,
+            **more,
             "target": target.model_dump(mode="json"),
             "features": origin.to_json(),
         },
     )
 
 
-def _objective(target: TargetSpec) -> Any:
+def _objective(target: TargetSpec, edges: tuple[float, ...]) -> FittedObjective:
     """Return how logits are read, of an objective that has seen no labels."""
     from bagscope.mil.objectives.classes import ClassesCriterion
+    from bagscope.mil.objectives.cox import CoxCriterion
+    from bagscope.mil.objectives.discrete_time import DiscreteTimeCriterion
     from bagscope.mil.objectives.fitted import FittedObjective
     from bagscope.mil.objectives.multilabel import MultilabelCriterion
     from bagscope.mil.objectives.spec import ObjectiveSpec
 
+    def read_by(criterion: AnyCriterion, **spec: Any) -> FittedObjective:
+        return FittedObjective(targets=(target,), spec=ObjectiveSpec(**spec), criteria=(criterion,))
+
+    if target.task == "survival" and not edges:
+        return read_by(CoxCriterion(), survival="cox")
+    if target.task == "survival":
+        criterion = DiscreteTimeCriterion(form="nll", alpha=0.0, edges=edges)
+        return read_by(criterion, bins=len(edges) - 1)
     alike = (1.0,) * len(target.classes)
     plain: dict[str, Any] = {"classes": target.classes, "smoothing": 0.0, "gamma": 0.0}
-    criterion = (
-        ClassesCriterion(weights=alike, **plain)
-        if target.task == "classes"
-        else MultilabelCriterion(weights_if_absent=alike, weights_if_present=alike, **plain)
-    )
-    return FittedObjective(targets=(target,), spec=ObjectiveSpec(), criteria=(criterion,))
+    if target.task == "classes":
+        return read_by(ClassesCriterion(weights=alike, **plain))
+    return read_by(MultilabelCriterion(weights_if_absent=alike, weights_if_present=alike, **plain))
 
 
-def _require_logits(fitted: Fitted, target: TargetSpec) -> None:
+def _require_logits(fitted: Fitted, target: TargetSpec, edges: tuple[float, ...]) -> None:
+    if target.task == "survival":
+        _require_bins(fitted, edges)
+        return
     if fitted.outputs == 1 and target.task == "classes":
         raise ConfigError(
             f"{fitted.source}: the weights give one logit, which says whether a single class is "
@@ -236,6 +272,26 @@ def _require_logits(fitted: Fitted, target: TargetSpec) -> None:
             f"{fitted.source}: the weights give {fitted.outputs} logits, and --classes names "
             f"{len(target.classes)} ({', '.join(target.classes) or 'none'}); name one for each, in "
             "the order of the training"
+        )
+
+
+def _require_bins(fitted: Fitted, edges: tuple[float, ...]) -> None:
+    """Refuse logits of survival that are not one for each bin of time, or Cox's single one."""
+    wanted = fitted.outputs + 1 if fitted.outputs > 1 else 0
+    if len(edges) != wanted:
+        needs = (
+            f"{fitted.outputs} logits, the hazards of as many bins of time, which have {wanted} "
+            "edges; pass those of the training, in the unit of --time"
+            if wanted
+            else "one logit, a risk by Cox, which has no bins of time; leave --edges out"
+        )
+        raise ConfigError(
+            f"{fitted.source}: --edges names {len(edges)}, and the weights give {needs}"
+        )
+    if any(high <= low for low, high in pairwise(edges)):
+        raise ConfigError(
+            f"--edges are {', '.join(f'{edge:g}' for edge in edges)}, which do not rise; give "
+            "them from the first to the last"
         )
 
 

@@ -17,13 +17,14 @@ from bagscope.mil.bundle import load_bundle
 from bagscope.mil.score_file import read_score_file
 from tests.cli.conftest import Ran, files_of, leftovers
 from tests.features.stored import store_slide
-from tests.mil.originals.published import PUBLISHED, random_weights
+from tests.mil.originals.published import PUBLISHED, clam, random_weights
 
 Command = Callable[..., Ran]
 SLIDES = {"a": 40, "b": 3, "c": 1}
 TILE = {"tile_px": 256, "mpp": 0.5, "mpp_effective": 0.502}
 _, CLAM = PUBLISHED["clam-mb-small"]
 _, SINGLE = PUBLISHED["dsmil-single"]
+SURVIVAL = ("--task", "survival", "--time", "months", "--event", "died")
 
 
 @pytest.fixture
@@ -154,6 +155,47 @@ def test_one_logit_is_a_label_that_is_there_or_not(
     for slide_id, row in rows_of(out / "predictions.csv").items():
         chance = SINGLE.logits(weights, bag_of(features, slide_id)).double().sigmoid()
         assert float(row["label_p_tumor"]) == pytest.approx(chance.item(), rel=1e-5)
+
+
+def test_hazards_become_a_risk(bagscope: Command, features: Path, tmp_path: Path) -> None:
+    path, bundle, out = tmp_path / "surv.pth", tmp_path / "surv.bagscope", tmp_path / "out"
+    model = clam(256, 4, branches=False)
+    weights = random_weights(model.shapes)
+    torch.save(weights, path)
+    asked = ("convert-weights", path, "--out", bundle, *SURVIVAL)
+    ran = bagscope(*asked, "--edges", "0,12,24.5,60,120", "--features", features)
+    assert ran.code == 0, ran.err
+    assert "clam-sb → clam_sb: 1024 features in, a risk out" in ran.out
+    ran = bagscope("predict", bundle, features, "--out", out, "-j", 1)
+    assert ran.code == 0, ran.out + ran.err
+    for slide_id, row in rows_of(out / "predictions.csv").items():
+        hazards = model.logits(weights, bag_of(features, slide_id)).double().sigmoid()
+        survival = (1 - hazards).cumprod(0)
+        assert float(row["survival_risk"]) == pytest.approx(-survival.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ((), "--edges names 0, and the weights give 2 logits, the hazards of as many bins of"),
+        (("--edges", "0,1"), "--edges names 2, and the weights give 2 logits"),
+        (("--edges", "0,2,1"), "--edges are 0, 2, 1, which do not rise"),
+        (("--edges", "0,x,1"), "--edges 0,x,1: write numbers"),
+        (("--edges", "0,1,2", "--classes", "a,b"), "survival has no classes"),
+    ],
+)
+def test_hazards_without_their_times_are_refused(
+    bagscope: Command, checkpoint: Path, tmp_path: Path, more: tuple[str, ...], fault: str
+) -> None:
+    path = tmp_path / "surv.bagscope"
+    ran = bagscope("convert-weights", checkpoint, "--out", path, *SURVIVAL, *more)
+    assert ran.code == 2
+    assert fault in ran.err
+    assert "\n" not in ran.err
+    ran = convert(bagscope, checkpoint, path, "--edges", "0,1,2")
+    assert "--time, --event and --edges belong to survival, and --task is classes" in ran.err
+    ran = bagscope("convert-weights", checkpoint, "--out", path, "--task", "survival")
+    assert "survival needs the columns of time and event" in ran.err
 
 
 @pytest.mark.slow

@@ -36,6 +36,11 @@ ORIGINALS: Mapping[str, Original] = MappingProxyType(
     | transmil.ORIGINALS
 )
 
+PARTS: frozenset[frozenset[str]] = frozenset(
+    original.parts for original in ORIGINALS.values() if original.parts
+)
+"""Keys of the state dicts that are one model where a checkpoint has them side by side."""
+
 
 def from_original(
     source: str, tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor]

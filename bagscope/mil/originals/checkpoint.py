@@ -5,7 +5,7 @@ safetensors hold no code; everything else is unpickled with `weights_only=True`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ _DEEPEST = 4
 _SIGNS_OF_CODE = ("Unsupported global", "Unsupported class", "TorchScript", "unrecognized function")
 
 
-def read_checkpoint(path: Path, key: str | None = None) -> dict[str, Tensor]:
+def read_checkpoint(
+    path: Path, key: str | None = None, together: Collection[frozenset[str]] = ()
+) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint under their names; floating ones become float32.
 
     Args:
         path: of safetensors, or of what `torch.save` wrote.
         key: where in it the state dict lies, as `model` or `teacher.state_dict`; found if None.
+        together: keys of state dicts that are one model where they lie side by side; without a
+            key, a tensor's name then begins with that of its state dict.
 
     Raises:
         ConfigError: missing, damaged, code, no state dict in it, or several.
@@ -38,6 +42,11 @@ def read_checkpoint(path: Path, key: str | None = None) -> dict[str, Tensor]:
             f"{path}: holds no state dict, which is tensors by name; save one with "
             "torch.save(model.state_dict(), FILE) and convert that"
         )
+    parts = next((keys for keys in together if keys <= found.keys()), None)
+    if key is None and parts is not None:
+        return _floats(
+            {f"{part}.{name}": t for part in sorted(parts) for name, t in found[part].items()}
+        )
     usual = [name for name in found if name.rpartition(".")[2] in _USUAL]
     chosen = [key] if key is not None else list(found) if len(found) == 1 else usual
     if len(chosen) != 1 or chosen[0] not in found:
@@ -45,10 +54,7 @@ def read_checkpoint(path: Path, key: str | None = None) -> dict[str, Tensor]:
         raise ConfigError(
             f"{path}: {asked}there are {', '.join(found)}; name one of them with --key"
         )
-    return {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in found[chosen[0]].items()
-    }
+    return _floats(found[chosen[0]])
 
 
 def without(tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> dict[str, Tensor]:
@@ -67,6 +73,13 @@ def without(tensors: dict[str, Tensor], patterns: tuple[str, ...]) -> dict[str, 
         name: tensor
         for name, tensor in tensors.items()
         if not any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def _floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""DTFD-MIL, as its authors name the layers."""
+"""DTFD-MIL, as its authors name the layers of one model, and of the four that they save it as."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ ORIGINALS: dict[str, Original] = {
         aggregator="dtfd",
         layers={
             "dimReduction.fc1": "projection",
+            "dim_reduction.fc1": "projection",
             **_tier("", "first"),
             **_tier("UClassifier.", "second"),
+            **_tier("att_classifier.", "second"),
         },
+        parts=frozenset({"dim_reduction", "attention", "classifier", "att_classifier"}),
     )
 }

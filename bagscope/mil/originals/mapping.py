@@ -30,12 +30,16 @@ class Original:
             ours "y.weight"; ours "y_" makes it "y_weight"), or for a single tensor.
         left_out: tensors of theirs that hold nothing learned.
         options: of ours that its authors chose and that no tensor's shape tells.
+        regime: around the aggregator, which is its `inner`, with its options; None for none.
+        parts: keys of the state dicts that its authors save it as, where they are several.
     """
 
     aggregator: str
     layers: Mapping[str, str]
     left_out: frozenset[str] = frozenset()
     options: Mapping[str, Any] = field(default_factory=dict)
+    regime: Mapping[str, Any] | None = None
+    parts: frozenset[str] = frozenset()
 
     def renamed(
         self, source: str, tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor]

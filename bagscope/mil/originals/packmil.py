@@ -1,7 +1,8 @@
 """PackMIL, as its authors name the layers: attention pooling, and the regime around it.
 
-A checkpoint without a downsampler is attention pooling, which needs no regime to predict. One with
-a downsampler is `REGIME`'s.
+A checkpoint without a downsampler is attention pooling, which needs no regime to predict. With a
+downsampler, tiles pass through it before they are pooled; how many it makes one of in training, and
+how, no tensor tells and no prediction depends on.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ REGIME = Original(
         **_around("downsampler.", "downsampler.", _DOWNSAMPLER),
         "predictor": "inner.classifier",
     },
+    options={"activation": "gelu"},
+    regime={"name": "packmil", "options": {"downsampler": "random", "r": 4}},
 )
 ORIGINALS: dict[str, Original] = {
     "packmil": Original(
@@ -42,6 +45,7 @@ ORIGINALS: dict[str, Original] = {
         layers={**_around("mil.", "", _POOLING), "predictor": "classifier"},
         options={"activation": "gelu"},
     ),
+    "packmil-downsampler": REGIME,
     "packmil-packed": Original(
         aggregator="abmil",
         layers={**_POOLING, "classifier": "classifier"},

@@ -17,15 +17,19 @@ from typing import Any
 from torch import Tensor
 
 from bagscope.errors import ConfigError
-from bagscope.mil.aggregators.registry import aggregator_entry, build_aggregator
+from bagscope.mil.aggregators.registry import aggregator_entry
 from bagscope.mil.originals import ORIGINALS
 from bagscope.mil.originals.mapping import Original
+from bagscope.mil.recipe import TrainSpec
+from bagscope.mil.regimes.registry import build_model
 from bagscope.specs import did_you_mean, parse_spec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Reading = Callable[[Shapes], Any]
 """What shapes say; None where they say nothing."""
 _SHOWN = 3
+_INNER = "inner."
+"""What the tensors of an aggregator begin with inside a regime."""
 
 
 def axis(place: int, *names: str) -> Reading:
@@ -259,6 +263,7 @@ class Fitted:
         told: those that the shapes say.
         assumed: those that nothing says, and that answers depend on.
         weights: under our names, in our shapes.
+        regime: around the aggregator, with its options; None for none.
     """
 
     source: str
@@ -269,6 +274,12 @@ class Fitted:
     told: tuple[str, ...]
     assumed: tuple[str, ...]
     weights: Mapping[str, Tensor]
+    regime: Mapping[str, Any] | None = None
+
+    @property
+    def recipe(self) -> TrainSpec:
+        """Return the recipe whose model the weights are of."""
+        return _recipe(self.aggregator, self.options, self.regime)
 
 
 def fit(
@@ -296,10 +307,11 @@ def fit(
             f"(known: {', '.join(SIZES)})"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in gathered.items()}
+    of_aggregator = {name.removeprefix(_INNER): shape for name, shape in shapes.items()}
     read = {
         name: value
         for name, reading in sizes.options.items()
-        if (value := reading(shapes)) is not None
+        if (value := reading(of_aggregator)) is not None
     }
     entry = aggregator_entry(original.aggregator)
     options = parse_spec(
@@ -308,10 +320,11 @@ def fit(
         where=f"{source}: aggregator {original.aggregator}",
     )
     # Where the tensor that would tell is missing, any will do to find that out.
-    features, outputs = sizes.features(shapes) or 1, sizes.outputs(shapes) or 1
-    ours = build_aggregator(original.aggregator, features, outputs, options).state_dict()
-    _require_fit(source, original, shapes, {name: tuple(t.shape) for name, t in ours.items()})
+    features, outputs = sizes.features(of_aggregator) or 1, sizes.outputs(of_aggregator) or 1
     given = {name: value for name, value in options.model_dump().items() if value is not None}
+    recipe = _recipe(original.aggregator, given, original.regime)
+    ours = build_model(recipe, features, outputs).state_dict()
+    _require_fit(source, original, shapes, {name: tuple(t.shape) for name, t in ours.items()})
     return Fitted(
         source=source,
         aggregator=original.aggregator,
@@ -325,6 +338,7 @@ def fit(
             if name in given and name not in read and name not in settings
         ),
         weights=original.renamed(source, theirs, ours),
+        regime=original.regime,
     )
 
 
@@ -366,6 +380,13 @@ def without_prefix(original: Original, tensors: Mapping[str, Tensor]) -> dict[st
         if len(heads) != 1 or heads <= own or not all("." in name for name in found):
             return found
         found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
+
+
+def _recipe(
+    aggregator: str, options: Mapping[str, Any], regime: Mapping[str, Any] | None
+) -> TrainSpec:
+    values: dict[str, Any] = {"aggregator": {"name": aggregator, "options": dict(options)}}
+    return TrainSpec.model_validate(values if regime is None else {**values, "regime": regime})
 
 
 def _require_fit(source: str, original: Original, shapes: Shapes, ours: Shapes) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from bagscope.mil.bags import Bags
+from bagscope.mil.bags import Bags, PoolingTerms
 from bagscope.mil.explain.faithfulness import (
     CHANCE,
     CLOSED_ORDERS,
@@ -23,7 +23,7 @@ from bagscope.mil.explain.faithfulness import (
     insertion,
     order_of,
 )
-from bagscope.mil.explain.pools import Pool, pool_of
+from bagscope.mil.explain.pools import AttentionPool, Pool, pool_of
 from bagscope.mil.explain.question import Question, class_question
 from bagscope.testing.planted import planted_bags
 from tests.mil.explain.made_models import QUESTION, asked, bags, model, oracle
@@ -53,6 +53,20 @@ def test_attention_that_drives_scores_high_and_shuffled_is_warned_of(place: int)
     turned = faithfulness(pool, rows, -attention)
     assert turned.score < -THRESHOLD
     assert "speak against" in turned.warning
+
+
+def test_one_tile_that_decides_is_believed_though_the_rest_is_in_no_order() -> None:
+    # Of 140 tiles one is tumour; without it, the coldest alone look a little like it.
+    scores, values = np.r_[6.0, np.linspace(0.5, -0.5, 139)], np.r_[9.0, np.linspace(-5, -0.2, 139)]
+    terms = PoolingTerms(
+        scores=torch.from_numpy(scores)[:, None],
+        values=torch.from_numpy(np.c_[-values, values])[:, None],
+        bias=torch.zeros(2, dtype=torch.float64),
+    )
+    pool = AttentionPool(terms, class_question(("normal", "tumour")))
+    found = faithfulness(pool, np.arange(140), scores)
+    assert found.warning == "" and found.chance <= 0.03
+    assert found.deletion is not None and found.deletion.answers[0, 1] < 0.1
 
 
 def test_shuffled_scores_escape_the_warning_once_in_twenty_times() -> None:
@@ -104,9 +118,11 @@ def test_curves_are_the_answers_to_their_bags(kind: str) -> None:
 
 def test_the_mean_of_a_curve() -> None:
     curves = Curves(
-        shares=np.array([0.1, 0.2, 0.6]), answers=np.array([[1.0, 0.0, 0.0], [2, 2, 2]])
+        shares=np.array([0.0, 0.1, 0.2, 0.6, 1.0]),
+        answers=np.array([[9.0, 1.0, 0.5, 0.0, 9.0], [9, 2, 2, 2, 9]]),
     )
-    np.testing.assert_allclose(curves.means, [0.05 / 0.5, 2.0])
+    # The whole bag says nothing of an order.
+    np.testing.assert_allclose(curves.means, [0.5, 2.0])
 
 
 def test_the_score_is_that_of_its_definition() -> None:

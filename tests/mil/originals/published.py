@@ -334,6 +334,52 @@ def transmil() -> Published:
     return Published(shapes=shapes, logits=logits)
 
 
+# --- pseudo-bags, and tiles before they are pooled ------------------------------------------
+
+
+def dtfd(classes: int = 2, width: int = 128, groups: int = 4) -> Published:
+    """Return DTFD-MIL that distils pseudo-bags' vectors (AFS), dealt in stored order."""
+    gates = ("attention_V.0", "attention_U.0", "attention_weights")
+    first, second = "attention", "att_classifier.attention"
+
+    def pooled(w: Weights, own: str, h: Tensor) -> Tensor:
+        names = [f"{own}.{gate}" for gate in gates]
+        return (gated(w, names[0], names[1], names[2], h) * h).sum(0)
+
+    def logits(w: Weights, x: Tensor) -> Tensor:
+        h = linear(w, "dim_reduction.fc1", x).relu()
+        distilled = torch.stack([pooled(w, first, part) for part in h.tensor_split(groups)])
+        return linear(w, "att_classifier.classifier.fc", pooled(w, second, distilled))
+
+    shapes = layer("dim_reduction.fc1", 1024, 512, bias=False) | layer(
+        "classifier.fc", 512, classes
+    )
+    shapes |= layer("att_classifier.classifier.fc", 512, classes)
+    for own in (first, second):
+        shapes |= layer(f"{own}.{gates[0]}", 512, width) | layer(f"{own}.{gates[1]}", 512, width)
+        shapes |= layer(f"{own}.{gates[2]}", width, 1)
+    return Published(shapes=shapes, logits=logits, settings={"split": "stored"})
+
+
+def packmil_downsampler(classes: int = 2) -> Published:
+    """Return PackMIL around attention pooling, tiles through its downsampler, none compressed."""
+
+    def logits(w: Weights, x: Tensor) -> Tensor:
+        own = "downsampler"
+        e = linear(w, f"{own}.attention.2", linear(w, f"{own}.attention.0", x).tanh())
+        x = x + e.softmax(0) * x
+        x = linear(w, f"{own}.downsample", functional.gelu(linear(w, f"{own}.embed.0", x)))
+        h = functional.gelu(linear(w, "mil.embed.0", x))
+        net = "mil.aggregate.attention"
+        return linear(w, "predictor", (gated(w, f"{net}.0", None, f"{net}.2", h) * h).sum(0))
+
+    shapes = layer("downsampler.attention.0", 1024, 128) | layer("downsampler.attention.2", 128, 1)
+    shapes |= layer("downsampler.embed.0", 1024, 1024) | layer("downsampler.downsample", 1024, 1024)
+    shapes |= layer("mil.embed.0", 1024, 512) | layer("mil.aggregate.attention.0", 512, 128)
+    shapes |= layer("mil.aggregate.attention.2", 128, 1) | layer("predictor", 512, classes)
+    return Published(shapes=shapes, logits=logits)
+
+
 _HIPPO = "attention_weights"
 _LAB = "global_attn"
 PUBLISHED: Mapping[str, tuple[str, Published]] = {
@@ -383,5 +429,7 @@ PUBLISHED: Mapping[str, tuple[str, Published]] = {
     "mambamil-bi": ("mambamil", mambamil("bi")),
     "mambamil-sr": ("mambamil", mambamil("sr")),
     "transmil": ("transmil", transmil()),
+    "dtfd": ("dtfd", dtfd()),
+    "packmil-downsampler": ("packmil-downsampler", packmil_downsampler()),
 }
 """By name: the original, and a model of it."""

@@ -12,16 +12,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bagscope.mil.aggregators.registry import build_aggregator
+from bagscope.errors import ConfigError
 from bagscope.mil.bags import Bags
+from bagscope.mil.originals import PARTS
 from bagscope.mil.originals.checkpoint import read_checkpoint
 from bagscope.mil.originals.shapes import Fitted, fit, recognise
+from bagscope.mil.regimes.registry import build_model
 from tests.mil.originals.published import PUBLISHED, Published, random_weights
 
 RELATIVE = 1e-5
 """Of the largest logit."""
 LENGTHS = (1, 13, 40)
-MORE_THAN_LANDMARKS = (3, 300)
+# Where a model is only what its authors wrote for bags of some size.
+LENGTHS_OF = {"transmil": (3, 300), "dtfd": (4, 13, 40)}
 
 Weights = dict[str, Tensor]
 
@@ -69,7 +72,7 @@ def bags_of(published: Published, lengths: tuple[int, ...]) -> list[Tensor]:
 
 
 def logits_of(fitted: Fitted, bags: list[Tensor]) -> Tensor:
-    model = build_aggregator(fitted.aggregator, fitted.features, fitted.outputs, fitted.options)
+    model = build_model(fitted.recipe, fitted.features, fitted.outputs)
     model.load_state_dict(dict(fitted.weights))
     with torch.inference_mode():
         return model.eval()(Bags.of(bags)).logits
@@ -97,8 +100,26 @@ def test_converted_weights_say_what_the_formulas_say(name: str, form: str, tmp_p
     assert fitted.source == source
     assert fitted.features == published.features
     exact = {key: tensor.float() for key, tensor in weights.items()}
-    lengths = MORE_THAN_LANDMARKS if name == "transmil" else LENGTHS
-    assert_same_logits(fitted, published, exact, lengths)
+    assert_same_logits(fitted, published, exact, LENGTHS_OF.get(name, LENGTHS))
+
+
+def test_a_model_saved_as_several_state_dicts_is_read_as_one(tmp_path: Path) -> None:
+    source, published = PUBLISHED["dtfd"]
+    weights = random_weights(published.shapes)
+    parts: dict[str, Any] = {"epoch": 7, "test_auc": 0.9}
+    for name, tensor in weights.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    torch.save(parts, tmp_path / "model_best.pth")
+    fitted = recognise(
+        read_checkpoint(tmp_path / "model_best.pth", together=PARTS), published.settings
+    )
+    assert fitted.source == source
+    assert_same_logits(fitted, published, weights, LENGTHS_OF["dtfd"])
+    del parts["att_classifier"]
+    torch.save(parts, tmp_path / "tier1.pth")
+    with pytest.raises(ConfigError, match="there are dim_reduction, .*; name one of them"):
+        read_checkpoint(tmp_path / "tier1.pth", together=PARTS)
 
 
 @pytest.mark.parametrize("form", FORMS)
