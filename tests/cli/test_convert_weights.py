@@ -157,6 +157,7 @@ def test_one_logit_is_a_label_that_is_there_or_not(
         assert float(row["label_p_tumor"]) == pytest.approx(chance.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_hazards_become_a_risk(bagscope: Command, features: Path, tmp_path: Path) -> None:
     path, bundle, out = tmp_path / "surv.pth", tmp_path / "surv.bagscope", tmp_path / "out"
     model = clam(256, 4, branches=False)
