@@ -270,14 +270,17 @@ def as_markdown(
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     shown = arguments.command.replace("{python}", "python")
     early, late = min(findings.moments, default=0), max(findings.moments, default=0)
+    material = f"{SLIDES} synthetic slides of {SLIDE_PX} × {SLIDE_PX} px"
+    if arguments.stage == "train":
+        material = f"{BAGS} bags of {TILES} tiles"
     lines = [
         "# Kill drill",
         "",
         f"`python benchmarks/drill.py --stage {arguments.stage} --kills {arguments.kills} "
         f"--seed {arguments.seed}`, {date}, commit {recording.commit()}, {recording.device()}.",
         "",
-        f"Command: `{shown}` on {SLIDES} synthetic slides of {SLIDE_PX} × {SLIDE_PX} px; an "
-        f"undisturbed run takes {length_s:.1f} s and leaves {files} files.",
+        f"Command: `{shown}` on {material}; an undisturbed run takes {length_s:.1f} s "
+        f"and leaves {files} files.",
         "",
         "| | |",
         "|---|---:|",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,10 @@ def read_splits(path: Path) -> SplitPlan:
         per=fields.get("per"),
         targets=tuple(parse_spec(TargetSpec, t, where=where) for t in fields.get("targets", ())),
         labels=fields.get("labels", ""),
-        notes=(),
     )
-    return plan
+    # What was said of other sides does not hold for these.
+    is_as_made = settings.get("sides") == _sides_fingerprint(plan)
+    return replace(plan, notes=tuple(settings.get("notes", ()))) if is_as_made else plan
 
 
 def was_edited(plan: SplitPlan, path: Path) -> bool | None:

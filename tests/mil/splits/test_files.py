@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,17 @@ def test_an_edited_table_is_noticed_and_not_overwritten(path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + text.replace(",", ";").replace("\n", "\r\n").encode())
     assert read_splits(path) == plan
     assert not write_splits(plan, path)
+
+
+def test_what_was_said_of_a_plan_comes_back_until_it_is_edited(path: Path) -> None:
+    plan = replace(plan_of(), notes=("site n: 6 patients",))
+    write_splits(plan, path)
+    assert read_splits(path).notes == plan.notes
+    copy = path.with_name("copy.csv")
+    write_splits(read_splits(path), copy)
+    assert settings_path(copy).read_bytes() == settings_path(path).read_bytes()
+    path.write_text(path.read_text().replace(",train,", ",test,", 1))
+    assert read_splits(path).notes == ()
 
 
 def test_other_labels_are_another_split(path: Path) -> None:
