@@ -9,8 +9,8 @@ exp(0) and are averaged into landmarks; no softmax for small bags) and `shared_s
 the pseudo-inverse scaled by the largest sums of all heads, in place of each head's own).
 
 Shapes: T rows of all bags, H heads, d features per head: q, k, v and out (T, H, d). The bag is
-read in chunks; S₁ and S₃ exist for a chunk of rows alone. Kept for backward: q, k, v, the rows' lse
-(T, H), the landmarks' answers S₃ V, and 64·m²·H bytes per bag for the pseudo-inverse (which is made
+read in chunks; S₁ and S₃ exist for a chunk of rows alone. Kept for backward: q, k, v, the
+landmarks' answers S₃ V, and 64·m²·H bytes per bag for the pseudo-inverse (which is made
 anew where all bags' don't fit `dispatch.kept_bytes()`); weights are computed again. Operations:
 8·n·m·H·d forward, 2.5 times as many backward, and 42·m³·H and 64·m³·H for the pseudo-inverse.
 
@@ -102,7 +102,7 @@ def nystrom_attention(
         taps = q.new_zeros(q.shape[1], 0, dtype=_exact(q))
     else:
         require_taps(q, taps)
-    out, _, row, *_ = _attend(q, k, v, taps, cu_seqlens, *how, with_first_rows)
+    out, row, *_ = _attend(q, k, v, taps, cu_seqlens, *how, with_first_rows)
     return out, row if with_first_rows else None
 
 
@@ -161,7 +161,7 @@ def _require_counts(landmarks: int, iterations: int) -> None:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
     iterations: int, zero_pads: bool, shared_start: bool, scale: float, with_row: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     require_borders(cu_seqlens, len(q))
     choose(_OP, q)
     settings = cpu.Settings(landmarks, iterations, zero_pads, shared_start, scale)
@@ -178,12 +178,12 @@ def _attend(
 def _attend_backward(
     q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
     iterations: int, zero_pads: bool, shared_start: bool, scale: float,
-    lse: Tensor, told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
+    told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     settings = cpu.Settings(landmarks, iterations, zero_pads, shared_start, scale)
     kept = cpu.Kept(told, told_lse, inverses)
     with own_arithmetic():
-        grads = cpu.attend_backward(q, k, v, cu_seqlens, kept, settings, lse, grad)
+        grads = cpu.attend_backward(q, k, v, cu_seqlens, kept, settings, grad)
         if not taps.shape[1]:
             return *grads, torch.zeros_like(taps)
         return *grads, add_conv_backward(grads[2], v, taps, cu_seqlens, grad)
@@ -193,27 +193,27 @@ def _attend_backward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
     iterations: int, zero_pads: bool, shared_start: bool, scale: float, with_row: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    lse = q.new_empty(q.shape[:2], dtype=_exact(q))
-    row = lse.new_empty(q.shape[:2] if with_row else (0, q.shape[1]))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    row = q.new_empty(q.shape[:2] if with_row else (0, q.shape[1]), dtype=_exact(q))
     tables = _tables(q, cu_seqlens, landmarks, iterations, zero_pads)
-    return q.new_empty(q.shape), lse, row, *tables
+    return q.new_empty(q.shape), row, *tables
 
 
 @_attend_backward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
     iterations: int, zero_pads: bool, shared_start: bool, scale: float,
-    lse: Tensor, told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
+    told: Tensor, told_lse: Tensor, inverses: Tensor, grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (*(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(taps))  # type: ignore[return-value]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, taps, cu_seqlens, *ctx.settings, _ = inputs
-    _, lse, row, *kept = output
-    ctx.mark_non_differentiable(lse, row, *kept)
-    ctx.save_for_backward(q, k, v, taps, cu_seqlens, lse, *kept)
+    _, row, *kept = output
+    ctx.mark_non_differentiable(row, *kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, taps, cu_seqlens, *kept)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_unused: Tensor) -> Any:
@@ -273,6 +273,7 @@ def _(
 def _keep_first(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     first, means, k, cu_seqlens, *ctx.settings = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(first, means, k, cu_seqlens, *output)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from bagscope.kernels.nystrom_attention.landmarks import Run, means_of, runs, spread
 from bagscope.kernels.nystrom_attention.pseudo_inverse import PseudoInverse, matrices
 
-_CHUNK_ROWS = {"cpu": 512}
+_CHUNK_ROWS = {"cpu": 256}
+"""Weights of that many rows, and their gradient, stay in a core's cache."""
 _CHUNK_ROWS_ON_DEVICE = 16_384
 
 
@@ -63,16 +64,16 @@ class Kept:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kept: Kept, settings: Settings,
     with_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return out (T, H, d), its lse (T, H) and the first rows (T, H); fill what is kept."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return out (T, H, d) and the first rows (T, H); fill what is kept."""
     exact = kept.told.dtype
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=exact)
-    row = lse.new_zeros(lse.shape if with_row else (0, lse.shape[1]))
+    out = q.new_empty(q.shape)
+    row = kept.told.new_zeros(q.shape[:2] if with_row else (0, q.shape[1]))
     for run in runs(cu_seqlens, settings.landmarks, settings.zero_pads):
         bag = [x[run.rows] for x in (q, k, v)]
         if not run.count:
             keys, values = _heads(bag[1], exact), _heads(bag[2], exact)
-            _ask(bag[0], settings.scale * keys, values, out[run.rows], lse[run.rows])
+            _ask(bag[0], settings.scale * keys, values, out[run.rows])
             if with_row:
                 first = settings.scale * _heads(bag[0][:1], exact) @ keys.mT
                 row[run.rows] = first.softmax(-1)[:, 0].T
@@ -82,16 +83,16 @@ def attend(
         kept.told[run.own], kept.lse[run.own] = found.transpose(0, 1), found_lse[..., 0].T
         inverse = kept.inverse(run, queries, keys, settings, is_known=False)
         asked = settings.scale * keys
-        _ask(bag[0], asked, inverse.times(found), out[run.rows], lse[run.rows])
+        _ask(bag[0], asked, inverse.times(found), out[run.rows])
         if with_row:
             first = (_heads(bag[0][:1], exact) @ asked.mT).softmax(-1)
             _write_row(queries, bag[1], found_lse, inverse.asked(first), row[run.rows])
-    return out, lse, row
+    return out, row
 
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, kept: Kept, settings: Settings,
-    lse: Tensor, grad: Tensor,
+    grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v."""
     exact, scale = kept.told.dtype, settings.scale
@@ -99,7 +100,7 @@ def attend_backward(
     for run in runs(cu_seqlens, settings.landmarks, settings.zero_pads):
         bag_q, bag_k, bag_v, bag_grad = (x[run.rows] for x in (q, k, v, grad))
         grad_q, grad_k, grad_v = (x[run.rows] for x in grads)
-        mine = (bag_grad, lse[run.rows], grad_q)
+        mine = (bag_grad, grad_q)
         if not run.count:
             keys, values = _heads(bag_k, exact), _heads(bag_v, exact)
             of_keys, of_values = _ask_backward(bag_q, scale * keys, values, *mine)
@@ -194,28 +195,25 @@ def _of_row(means: Tensor, keys: Tensor, run: Run, scale: float) -> tuple[Tensor
     return scale * means[run.own].transpose(0, 1), key_means
 
 
-def _ask(q: Tensor, asked: Tensor, values: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Write softmax(q · asked) values of rows (n, H, d), and its lse."""
+def _ask(q: Tensor, asked: Tensor, values: Tensor, out: Tensor) -> None:
+    """Write softmax(q · asked) values of rows (n, H, d)."""
     for rows in _chunks(q):
-        scores = _heads(q[rows], asked.dtype) @ asked.mT
-        top = scores.amax(-1, keepdim=True)
-        mass = scores.sub_(top).exp_().sum(-1, keepdim=True)
-        out[rows] = (scores @ values).div_(mass).transpose(0, 1)
-        lse[rows] = mass.log_().add_(top)[..., 0].T
+        weights = _heads(q[rows], asked.dtype) @ asked.mT
+        _write(torch.softmax(weights, -1, out=weights), values, out[rows])
 
 
 def _ask_backward(
-    q: Tensor, asked: Tensor, values: Tensor, grad: Tensor, lse: Tensor, grad_q: Tensor
+    q: Tensor, asked: Tensor, values: Tensor, grad: Tensor, grad_q: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient of q; return those of `asked` and of the values."""
     of_asked, of_values = torch.zeros_like(asked), torch.zeros_like(values)
     for rows in _chunks(q):
         queries, grads = _heads(q[rows], asked.dtype), _heads(grad[rows], asked.dtype)
-        weights = (queries @ asked.mT).sub_(lse[rows].T[..., None]).exp_()
+        weights = queries @ asked.mT
+        torch.softmax(weights, -1, out=weights)
         of_values.baddbmm_(weights.mT, grads)
-        along = (grads @ values.mT).mul_(weights)
-        along.sub_(weights.mul_(along.sum(-1, keepdim=True)))
-        grad_q[rows] = (along @ asked).transpose(0, 1)
+        along = _through_softmax(weights, grads @ values.mT)
+        _write(along, asked, grad_q[rows])
         of_asked.baddbmm_(along.mT, queries)
     return of_asked, of_values
 
@@ -262,10 +260,10 @@ def _tell_backward(
     of_queries = torch.zeros_like(queries)
     for rows in _chunks(k):
         keys, values = _heads(k[rows], queries.dtype), _heads(v[rows], queries.dtype)
-        weights = (queries @ keys.mT).sub_(lse).exp_()
-        grad_v[rows] = (weights.mT @ grad).transpose(0, 1)
-        along = (grad @ values.mT).sub_(delta).mul_(weights)
-        grad_k[rows] = (along.mT @ queries).transpose(0, 1)
+        weights = _weights(queries, keys, lse)
+        _write(weights.mT, grad, grad_v[rows])
+        along = torch.baddbmm(delta, grad, values.mT, beta=-1.0).mul_(weights)
+        _write(along.mT, queries, grad_k[rows])
         of_queries.baddbmm_(along, keys)
     return of_queries
 
@@ -273,7 +271,7 @@ def _tell_backward(
 def _write_row(queries: Tensor, k: Tensor, lse: Tensor, u: Tensor, row: Tensor) -> None:
     """Write u S₃ (n, H), where u is (H, 1, m)."""
     for rows in _chunks(k):
-        weights = (queries @ _heads(k[rows], queries.dtype).mT).sub_(lse).exp_()
+        weights = _weights(queries, _heads(k[rows], queries.dtype), lse)
         row[rows] = (u @ weights)[:, 0].T
 
 
@@ -281,7 +279,7 @@ def _row_mass(queries: Tensor, k: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient of u, (H, 1, m)."""
     found = torch.zeros_like(lse)
     for rows in _chunks(k):
-        weights = (queries @ _heads(k[rows], queries.dtype).mT).sub_(lse).exp_()
+        weights = _weights(queries, _heads(k[rows], queries.dtype), lse)
         found.baddbmm_(weights, grad[rows].T[..., None])
     return found.mT
 
@@ -290,13 +288,13 @@ def _row_backward(
     queries: Tensor, k: Tensor, lse: Tensor, u: Tensor, of_u: Tensor, grad: Tensor, grad_k: Tensor
 ) -> Tensor:
     """Write the gradient of k; return that of the queries."""
-    of_queries, share = torch.zeros_like(queries), of_u.mT
+    of_queries, share, share_of_queries = torch.zeros_like(queries), of_u.mT, u.mT * queries
     for rows in _chunks(k):
         keys = _heads(k[rows], queries.dtype)
-        along = (queries @ keys.mT).sub_(lse).exp_()
+        along = _weights(queries, keys, lse)
         along.mul_(grad[rows].T[:, None] - share)
         of_queries.baddbmm_(along, keys)
-        grad_k[rows] = (along.mT @ (u.mT * queries)).transpose(0, 1)
+        _write(along.mT, share_of_queries, grad_k[rows])
     return of_queries.mul_(u.mT)
 
 
@@ -308,7 +306,18 @@ def _add_of_s(s: Tensor, of_s: Tensor, queries: Tensor, keys: Tensor, of_queries
 
 
 def _through_softmax(weights: Tensor, grad: Tensor) -> Tensor:
-    return weights * (grad - (grad * weights).sum(-1, keepdim=True))
+    """Return weights (grad − Σ grad weights), each row's sum."""
+    return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+
+
+def _weights(queries: Tensor, keys: Tensor, lse: Tensor) -> Tensor:
+    """Return exp(queries · keys − lse), (H, m, n)."""
+    return torch.baddbmm(lse, queries, keys.mT, beta=-1.0).exp_()
+
+
+def _write(weights: Tensor, values: Tensor, out: Tensor) -> None:
+    """Write weights values, (H, n, d), into rows (n, H, d)."""
+    out.copy_((weights @ values).transpose(0, 1))
 
 
 def _heads(x: Tensor, exact: torch.dtype) -> Tensor:
