@@ -57,12 +57,15 @@ def judgement_of(file: ScoreFile, scale: ScaleName, column: str) -> Judgement:
 
 
 def agreement_text(file: ScoreFile) -> str:
-    """Return how far the members agree on a file's tiles, as a sentence; empty of a single one."""
+    """Return how far models agree on a file's tiles, as a sentence; empty of a single one."""
     found = None if file.faithfulness is None else file.faithfulness["agreement"]
     if found is None or found["rank_correlation"] is None:
         return ""
+    # Older files compare the members that answered, and do not count them.
+    models, seen = found.get("models", len(file.members)), found.get("saw_the_case", 0)
+    whose = f" ({seen} of them saw this case in training)" if seen else ""
     return (
-        f"Agreement of {len(file.members)} models: rank correlation "
+        f"Agreement of {models} models{whose}: rank correlation "
         f"{found['rank_correlation']:.2f}; {found['top_overlap']:.0%} of their top "
         f"{found['top_tiles']:.0f} tiles are shared (by chance {found['chance_overlap']:.0%})."
     )

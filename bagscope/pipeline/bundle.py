@@ -33,6 +33,7 @@ def score_out_of_fold(
     folder = planned.folder / SCORES_NAME
     tasks = planned.tests
     members = member_folders({name: task.folder for name, task in tasks.items()})
+    others = _others(planned)
     asked: dict[str, list[str]] = {}
     for name, task in tasks.items():
         for case in task.cases:
@@ -45,6 +46,12 @@ def score_out_of_fold(
             payload=ScoreTask(
                 case=case,
                 members=tuple(members[name] for name in asked[case_id]),
+                others=tuple(
+                    members[other]
+                    for name in asked[case_id]
+                    for other in others[name][case_id]
+                    if len(asked[case_id]) == 1
+                ),
                 location=task.location,
                 out=folder,
                 device=task.device,
@@ -63,6 +70,29 @@ def score_out_of_fold(
         options=dataclasses.replace(options, sweep=(folder,), noun="cases", shard=None),
         report=report,
     )
+
+
+def _others(planned: PlannedRun) -> dict[str, dict[str, list[str]]]:
+    """Return, by member and case, the members of the other folds that saw the case in training.
+
+    They are of the member's own repeat and seed: as many as there are folds at most.
+    """
+    saw = {
+        name: {case.case_id for case in (*task.train, *task.inner)}
+        for name, task in planned.members.items()
+    }
+    draws = {name: (task.repeat, task.seed) for name, task in planned.tests.items()}
+    return {
+        name: {
+            case.case_id: [
+                other
+                for other in draws
+                if draws[other] == draws[name] and case.case_id in saw[other]
+            ]
+            for case in task.cases
+        }
+        for name, task in planned.tests.items()
+    }
 
 
 def score_one(job: Job) -> StageResult:

@@ -25,9 +25,10 @@ from bagscope.mil.explain.faithfulness import (
     agreement,
     faithfulness_of_each,
 )
+from bagscope.mil.explain.question import Array
 from bagscope.mil.member import Member
 from bagscope.mil.objectives.regression import RegressionCriterion
-from bagscope.mil.prediction import Answer, score_names
+from bagscope.mil.prediction import Answer, alike_scores, score_names
 from bagscope.mil.targets import TargetSpec
 
 PACKED_SHARES = (0.05, 0.2, 0.5)
@@ -51,13 +52,22 @@ class Shown:
     heatmap: Heatmap
 
 
-def judged(answer: Answer, members: Sequence[Member]) -> dict[str, Json]:
-    """Return the faithfulness of a case's heatmaps as a score file holds it."""
+def judged(
+    answer: Answer, members: Sequence[Member], others: Sequence[Array] = ()
+) -> dict[str, Json]:
+    """Return the faithfulness of a case's heatmaps as a score file holds it.
+
+    Args:
+        answer: of the members.
+        members: that answered.
+        others: scores (n, K) of models that saw the case in training: they answer nothing, and
+            are compared with a member that is alone.
+    """
     found: dict[str, Json] = {
         "judged": [],
         "unjudged": "",
         "forward_passes": None,
-        "agreement": _agreement(answer),
+        "agreement": _agreement(answer, others),
     }
     pool = answer.pool
     if pool is None:
@@ -125,15 +135,21 @@ def _unit_and_sign(members: Sequence[Member], value: float) -> tuple[float, floa
     return float(np.mean([one.scale for one in numbers])), 1.0 if value >= usual else -1.0
 
 
-def _agreement(answer: Answer) -> dict[str, Json] | None:
-    """Return how far the members agree on the tiles; None of a single one."""
-    if len(answer.member_scores) < 2:
+def _agreement(answer: Answer, others: Sequence[Array]) -> dict[str, Json] | None:
+    """Return how far models agree on the tiles; None of a single one.
+
+    Members that never saw the case are compared with each other alone, where there are several.
+    """
+    kind, column = answer.score_kind, Column(name="", index=None)
+    compared = list(answer.member_scores)
+    if len(compared) == 1:
+        compared += [alike_scores([scores], kind)[0] for scores in others]
+    if len(compared) < 2:
         return None
-    column = Column(name="", index=None)
-    kind = answer.score_kind
-    each = [on_scale(scores, kind, "logit", column) for scores in answer.member_scores]
-    found = dataclasses.asdict(agreement(each))
-    return {name: _number(value) for name, value in found.items()}
+    found = agreement([on_scale(scores, kind, "logit", column) for scores in compared])
+    told = {name: _number(value) for name, value in dataclasses.asdict(found).items()}
+    seen = len(compared) - len(answer.member_scores)
+    return {**told, "models": len(compared), "saw_the_case": seen}
 
 
 def _entry(

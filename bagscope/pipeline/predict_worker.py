@@ -15,6 +15,8 @@ from bagscope.cohort.jobs import Job, StageResult
 from bagscope.errors import ArtifactError, FingerprintMismatch
 from bagscope.features.store import FeatureStore, SlideRecord
 from bagscope.mil.cases import Case
+from bagscope.mil.explain.members import member_scores
+from bagscope.mil.explain.question import Array
 from bagscope.mil.feature_origin import FeatureOrigin, compare
 from bagscope.mil.member import Member, load_member
 from bagscope.mil.prediction import Answer, Panel, logit_names, score_names
@@ -22,7 +24,7 @@ from bagscope.mil.score_file import ScoreFile, read_score_file, write_score_file
 from bagscope.mil.sources import StoreSource
 from bagscope.pipeline.judging import judged
 
-NUMERICS = 3
+NUMERICS = 4
 """Raised by hand, with a changelog line, when the same members would say other numbers."""
 _MEMBERS_KEPT = 32
 """Loaded members, of a few MB each, that a worker keeps."""
@@ -46,6 +48,7 @@ class ScoreTask:
         out: folder of the score files.
         origin: of the features that the members were trained on; not compared if None.
         assume: the encoder that unknown features are vouched to be of.
+        others: members that saw the case in training: their tile scores are compared, no more.
     """
 
     case: Case
@@ -57,6 +60,7 @@ class ScoreTask:
     overwrite: bool
     origin: FeatureOrigin | None = None
     assume: str | None = None
+    others: tuple[MemberFolder, ...] = ()
 
 
 def score_one(job: Job) -> StageResult:
@@ -78,13 +82,23 @@ def score_one(job: Job) -> StageResult:
         facts["assumed"] = {"encoder": task.assume, "fields": list(assumed)}
     if not made:
         panel = _panel(task.members, task.device)
-        answer = panel.ask(StoreSource(store, [task.case]))
-        faithfulness = judged(answer, panel.members)
+        source = StoreSource(store, [task.case])
+        answer = panel.ask(source)
+        faithfulness = judged(answer, panel.members, _others_scores(task, panel, source))
         for place, record in enumerate(records):
             file = _file_of(task, answer, place, record, fields, faithfulness)
             write_score_file(task.out / f"{record.slide_id}.h5", file)
             artifacts.step("slide-scored")
     return StageResult(outcome="skipped" if made else "done", fingerprint=fingerprint, facts=facts)
+
+
+def _others_scores(task: ScoreTask, panel: Panel, source: StoreSource) -> list[Array]:
+    """Return what models of the same kind that saw the case in training say of its tiles."""
+    if len(panel.members) > 1:
+        return []
+    name = panel.members[0].recipe.aggregator.name
+    others = [other for other in map(_member, task.others) if other.recipe.aggregator.name == name]
+    return member_scores(others, source, 0, device=task.device)
 
 
 @lru_cache(maxsize=1)
@@ -115,6 +129,8 @@ def _fields(task: ScoreTask, records: list[SlideRecord]) -> tuple[dict[str, Json
         "case": task.case.case_id,
         "slides": {record.slide_id: record.fingerprint for record in records},
     }
+    if task.others:
+        fields["others"] = {member.name: member.sha256 for member in task.others}
     if assumed:
         fields["assumed"] = {"encoder": task.assume, "fields": list(assumed)}
     return fields, assumed

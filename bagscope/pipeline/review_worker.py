@@ -13,7 +13,7 @@ from bagscope.cohort.jobs import StageResult
 from bagscope.errors import ArtifactError, BagscopeError, SchemaError, SlideError
 from bagscope.heatmaps.bag_scores import slides_of_bag
 from bagscope.heatmaps.gallery import cut_tiles, cutting_plan, open_as_tiled
-from bagscope.heatmaps.judgement import judgement_of
+from bagscope.heatmaps.judgement import agreement_text, judgement_of
 from bagscope.heatmaps.layers import Layer, layers_of
 from bagscope.heatmaps.review.folder import (
     FACTS_NAME,
@@ -211,6 +211,7 @@ def slide_bytes(
             cut=frozenset(rows) if picture is not None else frozenset(),
             faithfulness=scored.faithfulness,
             judged=scored.judged,
+            agreement=agreement_text(scored.file) if scored.file else "",
             annotations=regions,
             notes=notes,
         ),

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from bagscope.features.store import FeatureStore
+from bagscope.heatmaps.judgement import agreement_text
 from bagscope.mil.bundle import MemberPlace, load_bundle, write_bundle
 from bagscope.mil.cases import Case
 from bagscope.mil.feature_origin import origin_of
 from bagscope.mil.member import load_member, save_member
+from bagscope.mil.prediction import Panel
 from bagscope.mil.score_file import read_score_file
 from bagscope.mil.sources import ArraySource, StoreSource
 from bagscope.mil.training.finishing import finish
@@ -87,6 +90,17 @@ def test_training_ends_with_a_bundle_and_out_of_fold_scores(
         chance = member.predictions(file.logits)["label"][0, 1]
         assert chance == pytest.approx(float(row["label_p_1"]), rel=1e-4)
         assert len(file.scores) == store.record(case_id).shape[0]
+        # The other fold's model saw the slide: its heatmap is compared, and that is said.
+        other = f"fold_r0_f{1 - int(row['fold'])}_s0"
+        assert list(file.fields["others"]) == [other]
+        assert file.faithfulness is not None
+        agreed = file.faithfulness["agreement"]
+        assert (agreed["models"], agreed["saw_the_case"]) == (2, 1)
+        theirs = Panel([load_member(run / other)]).ask(StoreSource(store, [case])).scores
+        if len(file.scores) > 1:
+            wanted = stats.spearmanr(theirs[:, 0], file.scores[:, 0])[0]
+            assert agreed["rank_correlation"] == pytest.approx(wanted, abs=1e-5)
+            assert "(1 of them saw this case in training)" in agreement_text(file)
     assert bagscope("verify", trained / "study").code == 0
     path = run / "scores" / f"{case_id}.h5"
     content = bytearray(path.read_bytes())

@@ -113,6 +113,20 @@ def test_each_class_is_judged_against_its_own_answer() -> None:
     assert answer.contributions is not None and answer.contributions.shape == (TILES, 2)
 
 
+def test_a_member_alone_is_compared_with_the_other_folds_and_several_with_each_other() -> None:
+    answer, members = answered(CLASSES)
+    scores = answer.member_scores[0].astype(float)
+    told = judged(answer, members, [scores + 3, -scores])["agreement"]
+    # Log weights are of no unit: a constant changes nothing. Pairs: 1, -1 and -1.
+    assert told["rank_correlation"] == pytest.approx(-1 / 3)
+    assert told["lowest_correlation"] == pytest.approx(-1)
+    assert (told["models"], told["saw_the_case"]) == (3, 2)
+    assert judged(answer, members)["agreement"] is None
+    both, members = answered(CLASSES, seeds=(0, 1))
+    told = judged(both, members, [scores])["agreement"]
+    assert (told["models"], told["saw_the_case"]) == (2, 0)
+
+
 def test_what_is_not_judged_says_why() -> None:
     for targets, why in (((TIME,), "a risk has no unit"), ((SIZE, GRADE), "several targets")):
         answer, members = answered(*targets)

@@ -79,6 +79,7 @@ def slide_data(
     cut: frozenset[int] = frozenset(),
     faithfulness: Json = None,
     judged: Mapping[str, Json] | None = None,
+    agreement: str = "",
     annotations: Sequence[Region] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Json]:
@@ -94,6 +95,7 @@ def slide_data(
         cut: rows of the tiles that have a picture of their own.
         faithfulness: of the case, JSON.
         judged: faithfulness of each layer that has one of its own, by the layer's id.
+        agreement: how far models agree on the tiles, a sentence; empty of a single model.
         annotations: in level-0 pixels.
         notes: sentences that a reader must know.
     """
@@ -127,6 +129,7 @@ def slide_data(
             for tile in gallery
         ],
         "faithfulness": faithfulness,
+        "agreement": agreement,
         "annotations": annotations_data(annotations),
         "notes": list(notes),
     }

@@ -48,6 +48,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [{**layer, "title": HOSTILE, "meaning": HOSTILE, "unit_text": HOSTILE},
          {**layer, "id": "own", "faithfulness": {**faith, "warning": "", "text": "It drives it."}}],
         mpp=None, faithfulness=faith, notes=[HOSTILE], frame_note=HOSTILE,
+        agreement=f"Two models agree. {HOSTILE}",
         annotations=[{"class": HOSTILE, "polygons": [[ring]]}],
     )  # fmt: skip
     no_tiles = made.slide_data(NO_TILES, np.empty((0, 2)), [])
@@ -346,7 +347,8 @@ def test_warning_is_plain_to_see_and_hostile_text_is_only_text(browser: Any, bun
         # What is said is said of the layer that is shown.
         page.keyboard.press("2")
         assert not warning.is_visible()
-        assert "It drives it." in page.locator("#faithfulness").inner_text()
+        beside = page.locator("#faithfulness").inner_text()
+        assert "It drives it." in beside and f"Two models agree. {HOSTILE}" in beside
         page.keyboard.press("1")
         assert warning.is_visible()
         page.keyboard.press("u")

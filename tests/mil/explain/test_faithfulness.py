@@ -57,7 +57,7 @@ def test_attention_that_drives_scores_high_and_shuffled_is_warned_of(place: int)
 
 def test_one_tile_that_decides_is_believed_though_the_rest_is_in_no_order() -> None:
     # Of 140 tiles one is tumour; without it, the coldest alone look a little like it.
-    scores, values = np.r_[6.0, np.linspace(0.5, -0.5, 139)], np.r_[9.0, np.linspace(-5, -0.2, 139)]
+    scores, values = np.r_[6.0, np.linspace(0.5, -0.5, 139)], np.r_[9.0, np.linspace(-5, 0.5, 139)]
     terms = PoolingTerms(
         scores=torch.from_numpy(scores)[:, None],
         values=torch.from_numpy(np.c_[-values, values])[:, None],

@@ -7,6 +7,7 @@
   let summary = null;
   let intervalText = "";
   let usualFaithfulness = null;
+  let agreement = "";
 
   function startPanel(cohort) {
     byId("verdict-choices").replaceChildren(...bagscope.VERDICTS.map((verdict) =>
@@ -48,6 +49,7 @@
     byId("prediction").replaceChildren(...cohort.targets.map((target) => prediction(slide, target, cohort.targets.length > 1)));
     showLayers(data.layers);
     usualFaithfulness = data.faithfulness;
+    agreement = data.agreement ?? "";
     showFaithfulness(usualFaithfulness);
     const { verdict, comment } = bagscope.verdictOf(slide);
     for (const input of byId("verdict-choices").querySelectorAll("input")) input.checked = input.value === verdict;
@@ -128,7 +130,8 @@
       return;
     }
     const plots = faith.curves ? [curves(faith.curves)] : [];
-    byId("faithfulness").replaceChildren(el("p", { class: warning ? "doubt" : "" }, faith.text), ...plots);
+    byId("faithfulness").replaceChildren(el("p", { class: warning ? "doubt" : "" }, faith.text), ...plots,
+      ...(agreement ? [el("p", { class: "small" }, agreement)] : []));
   }
 
   function curves(curve) {
