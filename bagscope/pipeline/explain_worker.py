@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bagscope import artifacts
 from bagscope.arithmetic import compute_on
@@ -31,7 +32,7 @@ from bagscope.wsi.geojson import write_regions
 from bagscope.wsi.outline import Region
 from bagscope.wsi.slide import Rgb
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised by hand, with a changelog line, when the same case would be explained otherwise."""
 EFFECTS_NAME = "effects.csv"
 _COLOURS: Mapping[str, Rgb] = {HIGH: (213, 94, 0), LOW: (0, 114, 178)}
@@ -91,6 +92,18 @@ def _require_same_sources(
                 "from (other tiles, or other settings); score it anew, or name theirs with "
                 "--features"
             )
+        if not _same_places(records[slide_id].coords_l0, file.coords_l0):
+            raise FingerprintMismatch(
+                f"{slide_id}: its features in {task.location} state that they are those that it "
+                "was scored from, and are of tiles at other places: the file was changed; extract "
+                "the slide anew, or name unchanged features with --features"
+            )
+
+
+def _same_places(one: NDArray[np.int32] | None, other: NDArray[np.int32] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
 
 
 def _fields(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -437,6 +438,15 @@ def test_features_that_are_gone_or_others_are_refused(run: Path, tmp_path: Path)
         plan_explanations(ExplainRequest(place=run))
     with pytest.raises(FingerprintMismatch, match=r"d: its features in .* are not those that it"):
         explain_task(task_of(run, "d", features=str(features)))
+
+
+def test_features_whose_tiles_were_moved_by_hand_are_refused(run: Path) -> None:
+    path = run.parents[1] / "features" / "made" / "demo" / "d.h5"
+    with h5py.File(path, "r+") as file:
+        file["coords"][0] += TILE_L0
+    task = task_of(run, "d")
+    with pytest.raises(FingerprintMismatch, match=r"d: its features in .* at other places"):
+        explain_task(task)
 
 
 def test_scores_that_are_no_numbers_or_of_another_model_are_refused(run: Path) -> None:
