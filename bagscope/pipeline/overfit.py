@@ -124,7 +124,7 @@ def overfit_study(study: Study, request: TrainRequest, count: int, report: Repor
         metric=history[-1].metric,
         metric_name=METRICS[table.targets[0].task],
         fits=fits,
-        hints=() if fits else _hints(source, asked, history),
+        hints=() if fits else _hints(source, asked, table.targets, history),
     )
 
 
@@ -239,7 +239,12 @@ def _is_stuck(history: Sequence[Epoch]) -> bool:
     return not now < (1 - _PROGRESS) * before
 
 
-def _hints(source: BagSource, recipe: TrainSpec, history: Sequence[Epoch]) -> tuple[str, ...]:
+def _hints(
+    source: BagSource,
+    recipe: TrainSpec,
+    targets: Sequence[TargetSpec],
+    history: Sequence[Epoch],
+) -> tuple[str, ...]:
     """Return what to look at, the likeliest first."""
     import numpy as np
 
@@ -268,7 +273,19 @@ def _hints(source: BagSource, recipe: TrainSpec, history: Sequence[Epoch]) -> tu
         )
     else:
         hints.append(f"the loss falls no further: lower optimiser.lr ({rate:g})")
-    if not recipe.bags.standardise:
+    if not recipe.bags.standardise and _may_standardise(recipe, targets):
         hints.append("features of large or very different scales need bags.standardise: true")
     hints.append("look whether the label column belongs to these slides, and at the features")
     return tuple(hints)
+
+
+def _may_standardise(recipe: TrainSpec, targets: Sequence[TargetSpec]) -> bool:
+    """Return whether the recipe's regime goes with standardised features."""
+    from bagscope.mil.regimes.registry import refuse_impossible
+
+    bags = recipe.bags.model_copy(update={"standardise": True})
+    try:
+        refuse_impossible(recipe.model_copy(update={"bags": bags}), targets)
+    except ConfigError:
+        return False
+    return True

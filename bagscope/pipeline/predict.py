@@ -233,15 +233,17 @@ def predict(request: PredictRequest, report: Reporter) -> PredictResult:
 
 
 def _find_place(request: PredictRequest, bundle: Bundle, *, write: bool) -> Place:
+    from bagscope.features.aligned_store import two_of
     from bagscope.features.zarr_store import is_zarr_location
     from bagscope.pipeline.predict_slides import find_known_features
 
     place = request.place
-    is_store = is_zarr_location(str(place)) or any(place.glob("[!.]*.h5"))
+    two = two_of(str(place))
+    is_store = two is not None or is_zarr_location(str(place)) or any(place.glob("[!.]*.h5"))
     # Imported features have a table of their labels beside them; that makes no study of them.
     is_study = (place / STUDY_NAME).exists() or (not is_store and (place / COHORT_NAME).exists())
     overrides = {"run": {"workers": request.workers}}
-    if request.slides is None and not is_study and place.is_dir():
+    if request.slides is None and not is_study and (two is not None or place.is_dir()):
         if request.out is None or request.features is not None or request.labels is not None:
             raise ConfigError(
                 f"{place}: no study there; for a folder of features name where the output goes "
@@ -252,13 +254,13 @@ def _find_place(request: PredictRequest, bundle: Bundle, *, write: bool) -> Plac
                 f"{place}: neither a study nor a folder of features; make a study with --slides"
             )
         return Place(
-            cohort=_cohort_of(place),
+            cohort=_cohort_of(place, beside=place if two is None else Path(two[0])),
             study=None,
             location=str(place),
             folder=request.out,
             status_dir=request.out / "status",
             run=RunSpec(workers=request.workers),
-            name=_name(request, place),
+            name=_name(request, place if two is None else Path(two[0])),
         )
     if request.slides is not None and write:
         init_study(place, request.slides)
@@ -280,14 +282,19 @@ def _find_place(request: PredictRequest, bundle: Bundle, *, write: bool) -> Plac
     )
 
 
-def _cohort_of(store: Path) -> Cohort:
-    """Return the slides of a feature folder: those of the table beside them, or all there are."""
+def _cohort_of(store: Path, beside: Path) -> Cohort:
+    """Return the slides of features: those of the table beside them, or all there are.
+
+    Args:
+        store: a folder, or two of aligned tilings.
+        beside: the folder, of two the fine one.
+    """
     from bagscope.features.store import FeatureStore
 
-    if (store / COHORT_NAME).exists():
-        return load_cohort(store / COHORT_NAME)
+    if (beside / COHORT_NAME).exists():
+        return load_cohort(beside / COHORT_NAME)
     rows = tuple(
-        SlideRow(slide_id=slide_id, path=store / f"{slide_id}.h5", patient_id=slide_id)
+        SlideRow(slide_id=slide_id, path=beside / f"{slide_id}.h5", patient_id=slide_id)
         for slide_id in FeatureStore.open(store).slide_ids
     )
     return Cohort(rows=rows, source=str(store))

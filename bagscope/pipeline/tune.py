@@ -30,6 +30,7 @@ from bagscope.pipeline.study import Study, read_yaml
 from bagscope.pipeline.tile import run_options
 from bagscope.pipeline.train import (
     CONFIG_NAME,
+    MemberTask,
     PlannedRun,
     TrainRequest,
     TrainResult,
@@ -207,7 +208,10 @@ def plan_tuning(
             raise ConfigError(f"{name}: too few; at least one trial on two inner folds is needed")
     planned = plan_training(study, request.train, dry_run=dry_run)
     first = next(iter(planned.members.values()))
-    space = _fitting(read_space(request.space), first.recipe, given=request.space is not None)
+    features: Any = planned.config["features"]
+    space = _fitting(
+        read_space(request.space), first, features["dimension"], given=request.space is not None
+    )
     tasks = {}
     for split in planned.plan.splits:
         name = f"fold_{split.name}"
@@ -289,11 +293,11 @@ def read_chosen(task: TuneTask) -> dict[str, Any]:
     return nested(artifacts.read_json(chosen_path(task))["options"])
 
 
-def _fitting(space: Space, recipe: TrainSpec, *, given: bool) -> Space:
+def _fitting(space: Space, member: MemberTask, dimension: int, *, given: bool) -> Space:
     """Return the space, of the default one only what the aggregator has; try both ends of it."""
     from bagscope.mil.aggregators.registry import aggregator_entry
 
-    entry = aggregator_entry(recipe.aggregator.name)
+    entry = aggregator_entry(member.recipe.aggregator.name)
     owned = {f"aggregator.options.{name}" for name in entry.options.model_fields}
     fitting = {
         name: where
@@ -308,7 +312,7 @@ def _fitting(space: Space, recipe: TrainSpec, *, given: bool) -> Space:
                 "can't be compared by it; choose it with --set, and compare runs"
             )
     try:
-        _try_ends(fitting, recipe)
+        _try_ends(fitting, member, dimension)
     except ConfigError:
         if given:
             raise
@@ -317,14 +321,25 @@ def _fitting(space: Space, recipe: TrainSpec, *, given: bool) -> Space:
     return fitting
 
 
-def _try_ends(space: Space, recipe: TrainSpec) -> None:
-    from bagscope.mil.aggregators.registry import aggregator_entry
+def _try_ends(space: Space, member: MemberTask, dimension: int) -> None:
+    """Build the model at both ends, so that aggregator and regime refuse what they don't take."""
+    import torch
+
+    from bagscope.mil.objectives.objective import build_objective
+    from bagscope.mil.regimes.registry import build_model, refuse_impossible
 
     for end in (0, -1):
-        options = {name: where.ends[end] for name, where in space.items()}
-        found = with_options(recipe, options).aggregator
-        where = f"search space: aggregator {found.name}"
-        parse_spec(aggregator_entry(found.name).options, found.options, where=where)
+        found = with_options(
+            member.recipe, {name: where.ends[end] for name, where in space.items()}
+        )
+        try:
+            refuse_impossible(found, member.targets)
+            with torch.random.fork_rng(devices=[]):
+                build_model(
+                    found, dimension, build_objective(member.targets, found.objective).outputs
+                )
+        except ConfigError as error:
+            raise ConfigError(f"search space: {error}") from error
 
 
 def _require_name(planned: PlannedRun, *, overwrite: bool) -> None:

@@ -204,6 +204,39 @@ SAME_SCALE: dict[str, Any] = {
 }
 
 
+REGIME = """
+aggregator: {options: {hidden: 8, attention: 4}}
+bags: {bags_per_step: 4}
+regime: {name: packmil, options: {share: 0.5}}
+training: {epochs: 1, patience: null, min_epochs: 0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ("regime.options.shar: {choices: [0.5]}", "search space: regime packmil: unknown option"),
+        ("regime.options.share: {low: 0.5, high: 1.5}", "share is 1.5"),
+        ("bags.bags_per_step: {choices: [1, 4]}", "packs the bags of a step"),
+    ],
+)
+def test_a_space_that_the_regime_does_not_take_is_refused(
+    folder: Path, space: str, says: str
+) -> None:
+    (folder / "small.yaml").write_text(REGIME)
+    (folder / "space.yaml").write_text(space)
+    with pytest.raises(ConfigError) as raised:
+        tasks_of(folder)
+    assert says in str(raised.value)
+
+
+def test_options_of_a_regime_are_searched(folder: Path) -> None:
+    (folder / "small.yaml").write_text(REGIME)
+    (folder / "space.yaml").write_text("regime.options.share: {choices: [0.25, 0.75]}")
+    (task, *_) = tasks_of(folder).values()
+    assert chosen_by(task)["options"]["regime.options.share"] in (0.25, 0.75)
+
+
 def test_what_may_be_searched_of_the_objective_leaves_the_loss_s_scale() -> None:
     assert {*SAME_SCALE, *OTHER_SCALES} == set(ObjectiveSpec.model_fields)
     target = TargetSpec(column="y", classes=("a", "b"))
