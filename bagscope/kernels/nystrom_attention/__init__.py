@@ -10,9 +10,9 @@ the pseudo-inverse scaled by the largest sums of all heads, in place of each hea
 
 Shapes: T rows of all bags, H heads, d features per head: q, k, v and out (T, H, d). The bag is
 read in chunks; S₁ and S₃ exist for a chunk of rows alone. Kept for backward: q, k, v, the
-landmarks' answers S₃ V, and 64·m²·H bytes per bag for the pseudo-inverse (which is made
+landmarks' answers S₃ V, and 44·m²·H bytes per bag for the pseudo-inverse (which is made
 anew where all bags' don't fit `dispatch.kept_bytes()`); weights are computed again. Operations:
-8·n·m·H·d forward, 2.5 times as many backward, and 42·m³·H and 64·m³·H for the pseudo-inverse.
+8·n·m·H·d forward, 2.5 times as many backward, and 42·m³·H and 74·m³·H for the pseudo-inverse.
 
 There is no Triton kernel: every piece is a product that torch's own batched products do, at a
 size that suits them, and softmax in place.

@@ -39,7 +39,7 @@ class Kept:
     Attributes:
         told: (M, H, d) S₃ V; nothing where only first rows are asked for.
         lse: (M, H) of S₃.
-        inverses: (M, 3 K − 2, H, m) or empty; a bag's lie in the room of its landmarks.
+        inverses: (M, 2 K − 1, H, m) or empty; a bag's lie in the room of its landmarks.
     """
 
     told: Tensor
@@ -167,8 +167,9 @@ def first_rows_backward(
         near = (asking @ key_means.mT).softmax(-1)
         u = inverse.asked(near)
         of_u = _row_mass(queries, keys, found, of_row)
-        of_queries = _row_backward(queries, keys, found, u, of_u, of_row, of_k)
+        # The inverse first: what it needs on its way is gone before the keys' gradient is there.
         of_near, of_s = inverse.asked_backward(near, of_u)
+        of_queries = _row_backward(queries, keys, found, u, of_u, of_row, of_k)
         along = _through_softmax(near, of_near)
         of_keys = _add_of_s(inverse.s, of_s, queries, key_means, of_queries)
         of_keys += along.mT @ asking

@@ -2,9 +2,10 @@
 
     out_t = Σ_j taps_j x_{t + j − ⌊W/2⌋}          zeros beyond the bag's borders
 
-Shapes: x and out (T, H, d), taps (H, W), W odd. Rows are taken 32 at a time: each head's kernel is
-a banded matrix 32 × (31 + W), so that the convolution is a batched product. Kept: x. Memory: a
-chunk of rows.
+Shapes: x and out (T, H, d), taps (H, W), W odd. Torch's depthwise convolution, of rows as they lie,
+in chunks. The gradient of the taps is a batched product: 32 rows of the output's gradient by the
+31 + W of x that they read, of whose 32 × (31 + W) products the diagonals are summed. Kept: x.
+Memory: a chunk of rows.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def _conv_backward(
 
 def add_conv(out: Tensor, x: Tensor, taps: Tensor, cu_seqlens: Tensor) -> None:
     """Add the convolution of x to `out`."""
-    count = taps.shape[1]
-    banded = taps.new_zeros(len(taps), _BLOCK, _BLOCK + count - 1, dtype=_exact(x))
-    _band(banded, count).copy_(taps[:, None])
-    for rows, blocks in _windows(x, cu_seqlens, count):
-        found = (banded @ blocks).transpose(1, 2).flatten(0, 1)
-        out[rows] += found[: rows.stop - rows.start]
+    heads, count = taps.shape
+    kernels = taps.to(_exact(x)).repeat_interleave(x.shape[2], 0)[:, None, None]
+    for rows, part in _windows(x, cu_seqlens, count, 1):
+        lines = part.view(1, 1, len(part), -1).permute(0, 3, 1, 2)
+        found = functional.conv2d(lines, kernels, groups=len(kernels))
+        out[rows] += found.permute(0, 2, 3, 1).reshape(-1, heads, x.shape[2])
 
 
 def add_conv_backward(
@@ -82,23 +83,27 @@ def add_conv_backward(
     add_conv(of_x, grad, taps.flip(1), cu_seqlens)
     count = taps.shape[1]
     along = taps.new_zeros(len(taps), _BLOCK, _BLOCK + count - 1, dtype=_exact(x))
-    each = (_windows(y, cu_seqlens, width) for y, width in ((grad, 1), (x, count)))
-    for (_, grads), (_, blocks) in zip(*each, strict=True):
-        along += (grads @ blocks.mT).sum(0)
+    each = (_windows(y, cu_seqlens, width, _BLOCK) for y, width in ((grad, 1), (x, count)))
+    for (_, grads), (_, part) in zip(*each, strict=True):
+        blocks = part.unfold(0, _BLOCK + count - 1, _BLOCK).transpose(-1, -2)
+        own = grads.unflatten(0, (-1, _BLOCK)).transpose(1, 2)
+        for head in range(len(taps)):
+            along[head] += (own[:, head] @ blocks[:, head].mT).sum(0)
     return _band(along, count).sum(1).to(taps.dtype)
 
 
-def _windows(x: Tensor, cu_seqlens: Tensor, taps: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield rows, and the overlapping blocks (n, H, 31 + W, d) that their convolution reads."""
-    reach, width = taps // 2, _BLOCK + taps - 1
+def _windows(
+    x: Tensor, cu_seqlens: Tensor, taps: int, block: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows, and those that the convolution of them, in whole blocks, reads."""
+    reach = taps // 2
     for start, stop in pairwise(cu_seqlens.tolist()):
         for first in range(start, stop, CHUNK_ROWS):
             last = min(first + CHUNK_ROWS, stop)
-            spare = -(last - first) % _BLOCK
+            spare = -(last - first) % block
             low, high = max(first - reach, start), min(last + reach, stop)
             pads = (0, 0, 0, 0, low - (first - reach), last + reach - high + spare)
-            part = functional.pad(x[low:high].to(_exact(x)), pads)
-            yield slice(first, last), part.unfold(0, width, _BLOCK).transpose(-1, -2)
+            yield slice(first, last), functional.pad(x[low:high].to(_exact(x)), pads)
 
 
 def _band(matrix: Tensor, taps: int) -> Tensor:

@@ -125,9 +125,9 @@ def _means(x: Tensor, cu_seqlens: Tensor, landmarks: int, zero_pads: bool) -> Te
 
 @torch.library.custom_op("bagscope::landmark_means_backward", mutates_args=())
 def _means_backward(
-    grad: Tensor, x: Tensor, cu_seqlens: Tensor, landmarks: int, zero_pads: bool
+    grad: Tensor, like: Tensor, rows: int, cu_seqlens: Tensor, landmarks: int, zero_pads: bool
 ) -> Tensor:
-    found = torch.zeros_like(x)
+    found = like.new_zeros(rows, grad.shape[1])
     for run in runs(cu_seqlens, landmarks, zero_pads):
         if run.count:
             spread(grad[run.own], found[run.rows], run)
@@ -145,17 +145,21 @@ def _(x: Tensor, cu_seqlens: Tensor, landmarks: int, zero_pads: bool) -> Tensor:
 
 
 @_means_backward.register_fake
-def _(grad: Tensor, x: Tensor, cu_seqlens: Tensor, landmarks: int, zero_pads: bool) -> Tensor:
-    return torch.empty_like(x)
+def _(
+    grad: Tensor, like: Tensor, rows: int, cu_seqlens: Tensor, landmarks: int, zero_pads: bool
+) -> Tensor:
+    return like.new_empty(rows, grad.shape[1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(x, cu_seqlens)
+    ctx.rows = len(x)
+    ctx.save_for_backward(x.new_empty(0), cu_seqlens)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> Any:
-    return _means_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+    like, cu_seqlens = ctx.saved_tensors
+    return _means_backward(grad, like, ctx.rows, cu_seqlens, *ctx.settings), None, None, None
 
 
 _means.register_autograd(_differentiate, setup_context=_keep)

@@ -8,7 +8,8 @@ which saves a quarter of the products on the way back. (With A ← A P in place 
 products would do, at ten times the rounding errors.)
 
 Shapes: S (H, m, m), rows sum to one; X (H, m, r), R (H, r, m). K iterations take 4 K − 3 products
-of m × m, their gradient 6 K − 4; kept in between are 3 K − 2 matrices.
+of m × m, their gradient 6 K − 4. Kept in between are 2 K − 1 matrices, all A and P; K − 1 products
+make every Z of them again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 def matrices(iterations: int) -> int:
     """Return how many matrices (H, m, m) are kept of one bag."""
-    return 3 * iterations - 2
+    return 2 * iterations - 1
 
 
 class PseudoInverse:
@@ -28,7 +29,7 @@ class PseudoInverse:
     def __init__(
         self, s: Tensor, iterations: int, shared_start: bool, kept: Tensor, *, is_filled: bool
     ) -> None:
-        """Make Z in `kept` (3 K − 2, H, m, m), or find it there."""
+        """Make A and P in `kept` (2 K − 1, H, m, m), or find them there."""
         columns, rows = s.sum(-2), s.sum(-1)
         dims = (0, 1) if shared_start else 1
         self.s = s
@@ -36,18 +37,19 @@ class PseudoInverse:
         self.is_widest = (columns[:, None] == self.widest).to(s.dtype)
         self.is_widest /= self.is_widest.sum((0, 2) if shared_start else 2, keepdim=True)
         self.c = self.widest * rows.amax(dims, keepdim=True)[..., None]
-        self.a, self.p = kept[:iterations], kept[2 * iterations - 1 :]
-        self.z: list[Tensor] = [s.mT / self.c, *kept[iterations : 2 * iterations - 1]]
-        if is_filled:
-            return
-        for k, (a, z) in enumerate(zip(self.a, self.z, strict=True)):
-            torch.bmm(s, z, out=a)
+        self.a, self.p = kept[:iterations], kept[iterations:]
+        self.z: list[Tensor] = [s.mT / self.c]
+        for k in range(iterations):
+            if k:
+                self.z.append(self.z[k - 1] @ self.p[k - 1])
+            if is_filled:
+                continue
+            a = torch.bmm(s, self.z[k], out=self.a[k])
             if k + 1 < iterations:
                 square = a @ a
-                sums = torch.mul(square, 7.0).sub_(a, alpha=15.0)
-                torch.baddbmm(sums, square, a, alpha=-1.0, out=self.p[k])
-                self.p[k].diagonal(dim1=-2, dim2=-1).add_(13.0)
-                torch.bmm(z, self.p[k].mul_(0.25), out=self.z[k + 1])
+                p = torch.sub(square, a, alpha=15 / 7, out=self.p[k])
+                p.baddbmm_(square, a, beta=1.75, alpha=-0.25)
+                p.diagonal(dim1=-2, dim2=-1).add_(3.25)
 
     def times(self, x: Tensor) -> Tensor:
         """Return Z X."""

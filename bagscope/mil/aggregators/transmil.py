@@ -32,7 +32,12 @@ from bagscope.kernels.nystrom_attention import (
 from bagscope.kernels.segments import bag_of_tile
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
 from bagscope.mil.aggregators.layers import Projection, draw_seed, linear
-from bagscope.mil.aggregators.lean_layers import add_dropped, normed_products
+from bagscope.mil.aggregators.lean_layers import (
+    add_dropped,
+    laid_out,
+    normed_products,
+    normed_rows,
+)
 from bagscope.mil.aggregators.ppeg import PPEG
 from bagscope.mil.aggregators.registry import Aggregator, register
 from bagscope.mil.aggregators.rolling import pulled_through, rolled_back, shares_of
@@ -139,9 +144,12 @@ class Attention(nn.Module):
 
     def of_class_tokens(self, x: Tensor, rows: Rows, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return what is added to the class tokens (B, hidden), and their weights (R, H)."""
+        x, unkept = normed_rows(x, self.norm, computing_dtype(x.new_empty(0, dtype=narrow)))
+        with unkept:
+            return self._of_normed(x, rows)
+
+    def _of_normed(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         heads, half = self.options.heads, self.options.taps // 2
-        x = self.norm(x).to(narrow)
-        x = x.to(computing_dtype(x))
         of_q, of_k, of_v = self.qkv.weight.chunk(3)
         first, k = self._heads(x[rows.first], of_q), self._heads(x, of_k)
         if self.options.attention == "exact":
@@ -214,9 +222,7 @@ class TransMIL(Aggregator):
         """Return the logits; a tile's score is its share of a class token's attention."""
         self._require_places(bags)
         dropout = self.options.dropout if self.training else 0.0
-        h = self.projection(bags.features)
-        narrow, x = h.dtype, h.to(self.norm.weight.dtype)
-        x, rows = self._rows(x, bags)
+        x, rows, narrow = self._rows(bags)
         first, second = self.layers
         assert isinstance(first, Attention)
         assert isinstance(second, Attention)
@@ -235,9 +241,7 @@ class TransMIL(Aggregator):
     def rollout(self, bags: Bags) -> Tensor:
         """Return attention rollout (T,) from the class tokens, without PPEG; see `rolling`."""
         self._require_places(bags)
-        h = self.projection(bags.features)
-        narrow = h.dtype
-        start, rows = self._rows(h.to(self.norm.weight.dtype), bags)
+        start, rows, narrow = self._rows(bags)
         first, second = self.layers
         assert isinstance(first, Attention)
         assert isinstance(second, Attention)
@@ -256,21 +260,19 @@ class TransMIL(Aggregator):
         """Return whether tiles without places on a lattice are refused."""
         return self.options.ppeg == "lattice"
 
-    def _rows(self, h: Tensor, bags: Bags) -> tuple[Tensor, Rows]:
-        """Return class tokens, tiles (T, hidden) and what is repeated, and where they are."""
-        parts: list[Tensor] = []
-        added: list[int] = []
-        for tiles in torch.split(h, bags.lengths.tolist()):
-            more = 0 if self.options.ppeg == "lattice" else _to_square(len(tiles))
-            parts += [self.class_token, tiles, tiles[:more]]
-            added.append(more)
-        repeated = torch.tensor(added, device=h.device)
+    def _rows(self, bags: Bags) -> tuple[Tensor, Rows, torch.dtype]:
+        """Return class tokens, projected tiles and what is repeated (R, hidden); where; in what."""
+        before = linear(bags.features, self.projection)
+        lengths = bags.lengths.tolist()
+        added = [0 if self.options.ppeg == "lattice" else _to_square(n) for n in lengths]
+        x = laid_out(before, self.class_token, lengths, added, self.norm.weight.dtype)
+        repeated = torch.tensor(added, device=x.device)
         starts = functional.pad((bags.lengths + 1 + repeated).cumsum(0), (1, 0))
-        bag = bag_of_tile(bags.cu_seqlens, len(h))
-        own = torch.arange(len(h), device=h.device) - bags.cu_seqlens.long()[bag]
+        bag = bag_of_tile(bags.cu_seqlens, len(before))
+        own = torch.arange(len(before), device=x.device) - bags.cu_seqlens.long()[bag]
         tile = starts[bag] + 1 + own
-        again = torch.where(own < repeated[bag], tile + bags.lengths[bag], sum(map(len, parts)))
-        return torch.cat(parts), Rows(starts.int(), starts[:-1], tile, again)
+        again = torch.where(own < repeated[bag], tile + bags.lengths[bag], len(x))
+        return x, Rows(starts.int(), starts[:-1], tile, again), before.dtype
 
     def _between(self, x: Tensor, rows: Rows, bags: Bags) -> Tensor:
         if self.options.ppeg == "stored":
