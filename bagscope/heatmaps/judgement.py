@@ -78,16 +78,11 @@ def _of(entry: Mapping[str, Json]) -> Judgement:
         return Judgement(
             score=None, warning="", text=f"Faithfulness not judged: {why}.", entry=entry
         )
-    told = "no random order does as well" if _is_best(entry) else f"p = {entry['chance']:.2g}"
     text = (
-        f"Faithfulness {score:z.2f} (0: chance, 1: the most there can be; {told}), "
-        f"of the {entry['answer']}."
+        f"Faithfulness {score:z.2f} (0: chance, 1: the most there can be; p = "
+        f"{entry['chance']:.2g} against random orders), of the {entry['answer']}."
     )
     return Judgement(score=score, warning=entry["warning"], text=text, entry=entry)
-
-
-def _is_best(entry: Mapping[str, Json]) -> bool:
-    return bool(entry["chance"] <= 0.05)
 
 
 def _unknown(why: str) -> Judgement:

@@ -149,6 +149,9 @@ def test_planted_slides_are_believed_and_shuffled_attention_warns(
         assert table["faithfulness_warning"].tolist() == [float(warned)] * TILES
         assert warned == (run == "shuffled") == ("Not to be believed." in picture)
         assert f"Faithfulness {scores[run]:.2f}" in picture
+        # Of the closed form's 99 orders 1 in 100 is the best there can be, and is not "none".
+        (told,) = read_score_file(runs / run / "scores" / "a.h5").faithfulness["judged"][:1]
+        assert f"p = {told['chance']:.2g} against random" in " ".join(picture.split())
         closing = "2 of 2 heatmaps are not to be believed (each says why): a, b"
         assert warned == (closing in ran.out)
     assert scores["driving"] > 0.35 and scores["shuffled"] < scores["driving"] - 0.2
