@@ -207,7 +207,7 @@ def decision(answers: Answers) -> Picture:
     truth = answers.truth[:, 0]
     curve = decision_curve(truth, answers.predicted[:, 1])
     prevalence = float(truth.mean())
-    with canvas(5.6, 3.6) as figure:
+    with canvas(5.6, 3.9) as figure:
         axes = figure.subplots()
         axes.plot(curve.threshold, curve.everyone, color=SERIES[1], label="Treat all",
                   linestyle=(0, (5, 2)), linewidth=1.5)  # fmt: skip
@@ -221,7 +221,8 @@ def decision(answers: Answers) -> Picture:
         )
         axes.grid(True)
         axes.set_axisbelow(True)
-        axes.legend(loc="upper right")
+        # A good model's curve runs along the upper edge: no corner is free of one for a legend.
+        figure.legend(loc="outside lower center", ncols=3)
         return picture(
             figure,
             name="decision",

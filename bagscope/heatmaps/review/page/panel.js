@@ -74,7 +74,7 @@
     const line = el("p", { class: "answer-line" }, el("b", { class: "answer-name" }, answer.text));
     const write = bagscope.writerOf(target);
     const valued = bagscope.valuedClass(answer);
-    if (valued && valued !== answer.text) line.append(el("span", { class: "quiet" }, valued));
+    if (valued && valued !== answer.text) line.append(el("span", { class: "quiet" }, `· ${valued}`));
     if (answer.value !== null && Number.isNaN(Number(answer.text))) {
       line.append(el("span", { class: "number answer-value" }, write(answer.value)));
     }
