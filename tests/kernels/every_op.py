@@ -23,6 +23,7 @@ from bagscope.kernels.linear_attention import (
     inline_attention,
     linear_attention,
 )
+from bagscope.kernels.nystrom_attention import nystrom_attention
 from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
 from bagscope.kernels.selective_scan import selective_scan
 from bagscope.kernels.ssd_scan import ssd_scan
@@ -157,6 +158,11 @@ def _near(grid: Tensor, **given: Any) -> tuple[Tensor, ...]:
     return (varlen_self_attention(**given, neighbours=(grid, 2)),)
 
 
+def _nystrom(**given: Any) -> tuple[Tensor, ...]:
+    # Fewer landmarks than the longer bags have tiles, more than the shorter ones.
+    return (nystrom_attention(**given, landmarks=9)[0],)
+
+
 def _one(function: Callable[..., Tensor], **given: Any) -> tuple[Tensor, ...]:
     return (function(**given),)
 
@@ -176,6 +182,7 @@ OPS = {
     "inline_attention": Op(partial(_one, inline_attention), _QKV, _qkv),
     "linear_attention": Op(partial(_one, linear_attention), _QKV, _qkv),
     "neighbourhood_attention": Op(_near, (*_QKV, "grid"), partial(_qkv, near=True)),
+    "nystrom_attention": Op(_nystrom, _QKV, _qkv),
     "segment_softmax_pool": Op(_segment, ("scores", "h"), _segment_inputs, pools=True),
     "selective_scan": Op(
         partial(_one, partial(selective_scan, delta_softplus=True)),
