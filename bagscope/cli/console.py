@@ -194,8 +194,13 @@ def print_extraction(result: ExtractResult, *, as_json: bool) -> None:
         typer.echo(timing.sentence)
 
 
-def print_training(result: TrainResult, *, as_json: bool) -> None:
-    """Print how a training run ended, and what to do with it."""
+def print_training(
+    result: TrainResult, *, features: str | None = None, as_json: bool = False
+) -> None:
+    """Print how a training run ended, and what to do with it.
+
+    Where features were said to be somewhere, evaluation is to be told too.
+    """
     if as_json:
         facts = {"run": str(result.folder), "complete": result.is_complete}
         print_json("trained", {**facts, "notes": list(result.notes)})
@@ -214,10 +219,11 @@ def print_training(result: TrainResult, *, as_json: bool) -> None:
         typer.echo(f"test predictions: {result.folder / 'predictions.csv'}")
         if result.bundle is not None:
             typer.echo(f"models: {result.bundle}")
-        typer.echo(f"next: bagscope evaluate {result.folder}")
+        again = f" --features {features}" if features else ""
+        typer.echo(f"next: bagscope evaluate {result.folder}{again}")
 
 
-def print_tuning(result: TuneResult, *, as_json: bool) -> None:
+def print_tuning(result: TuneResult, *, features: str | None = None, as_json: bool = False) -> None:
     """Print what was chosen for each fold, and how training with it ended."""
     if as_json:
         print_json("tuned", {"chosen": {name: dict(v) for name, v in result.chosen.items()}})
@@ -226,7 +232,7 @@ def print_tuning(result: TuneResult, *, as_json: bool) -> None:
     for split, options in result.chosen.items():
         typer.echo(f"  {split}: {canonical_json(options).decode()}")
     if result.trained is not None:
-        print_training(result.trained, as_json=as_json)
+        print_training(result.trained, features=features, as_json=as_json)
 
 
 def print_tuning_plan(planned: PlannedRun, tasks: Mapping[str, TuneTask], *, as_json: bool) -> None:

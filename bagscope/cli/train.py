@@ -139,7 +139,7 @@ def train(
         _print_plan(plan_training(opened, request, dry_run=True), as_json=as_json)
         return
     result = train_run(opened, request, console.reporter(as_json=as_json))
-    console.print_training(result, as_json=as_json)
+    console.print_training(result, features=features, as_json=as_json)
     raise typer.Exit(result.exit_code)
 
 

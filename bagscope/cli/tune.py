@@ -83,5 +83,5 @@ def tune(
         console.print_tuning_plan(planned, tasks, as_json=as_json)
         return
     result = tune_run(opened, request, console.reporter(as_json=as_json))
-    console.print_tuning(result, as_json=as_json)
+    console.print_tuning(result, features=features, as_json=as_json)
     raise typer.Exit(result.exit_code)

@@ -143,7 +143,7 @@ def cases_of(
         targets=resolved,
         per=per,
         left_out=left_out,
-        notes=(*on_classes, *_notes(cohort, left_out)),
+        notes=(*on_classes, *_differences(cases, resolved), *_notes(cohort, left_out)),
         known_ids=frozenset(name for row in cohort.rows for name in (row.slide_id, row.patient_id)),
     )
 
@@ -230,6 +230,31 @@ def _case(
         split=first.split,
         columns=dict(first.columns),
     )
+
+
+def _differences(cases: Sequence[Case], targets: Sequence[TargetSpec]) -> list[str]:
+    """Return what to say of patients whose cases are of different labels.
+
+    Slide by slide both may be true; what is of the patient, such as survival, is then a mistake.
+    """
+    notes = []
+    for target in targets:
+        stated: dict[str, dict[str, Value]] = {}
+        for case in cases:
+            if not is_missing(value := case.targets[target.name]):
+                stated.setdefault(case.patient_id, {})[case.case_id] = value
+        found = [
+            f"{patient_id}: {listed(list(labels), 4)}"
+            for patient_id, labels in stated.items()
+            if len(set(labels.values())) > 1
+        ]
+        if found:
+            notes.append(
+                f"column {', '.join(target.columns)}: the slides of {len(found)} of {len(stated)} "
+                f"patients have different labels ({listed(found, 4)}); each slide is taken at its "
+                "own, so correct them where the label is the patient's"
+            )
+    return notes
 
 
 def _notes(cohort: Cohort, left_out: Mapping[str, str]) -> tuple[str, ...]:

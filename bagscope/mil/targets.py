@@ -118,9 +118,15 @@ def resolve_classes(target: TargetSpec, rows: Iterable[Mapping[str, str]]) -> Ta
             )
     least = 1 if target.task == "multilabel" else 2
     if len(classes) < least:
+        if target.classes:
+            found_there = f"--classes names {', '.join(classes)} alone"
+        elif classes:
+            found_there = f"all labels are {classes[0]!r}"
+        else:
+            found_there = f"none of {len(listed)} rows names a class"
         raise CohortError(
-            f"column {target.column!r}: has {len(classes)} class ({', '.join(classes) or 'none'}); "
-            f"at least {'two are' if least == 2 else 'one is'} needed to learn from"
+            f"column {target.column!r}: {found_there}; at least "
+            f"{'two classes are' if least == 2 else 'one class is'} needed to learn from"
         )
     if target.positive is not None:
         if target.positive not in classes:

@@ -114,7 +114,7 @@ def test_another_file_than_study_yaml_is_refused(bagscope: Command, study: Path)
     [
         (
             "targets: [{column: label}]",
-            "cohort.csv, read for its targets: column 'label': has 0 class",
+            "cohort.csv, read for its targets: column 'label': none of",
         ),
         ("targets: [{column: grade}]", "grade"),
         ("targets: [{column: slide_id}]\ntrain: {recipe: abmill}", "did you mean 'abmil'?"),

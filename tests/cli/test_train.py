@@ -82,7 +82,8 @@ def trained(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(untrained, tmp_path_factory.mktemp("trained") / "made"))
     ran = in_a_process(folder)
     assert ran.returncode == 0, ran.stderr
-    assert "next: bagscope evaluate" in ran.stdout
+    run = folder / "study" / "runs" / "small"
+    assert f"next: bagscope evaluate {run} --features {folder / 'features'}\n" in ran.stdout
     return folder
 
 
@@ -261,7 +262,7 @@ def test_missing_labels_are_listed_and_left_out(bagscope: Command, folder: Path)
 
 def test_a_single_class(bagscope: Command, folder: Path) -> None:
     rewritten(folder, lambda rows: [row.update(label="1") for row in rows])
-    assert "column 'label': has 1 class (1)" in refused(bagscope, folder)
+    assert "column 'label': all labels are '1'" in refused(bagscope, folder)
 
 
 def test_a_class_with_fewer_patients_than_folds(bagscope: Command, folder: Path) -> None:

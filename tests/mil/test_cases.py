@@ -89,7 +89,10 @@ def test_slides_of_a_patient_that_contradict_each_other_are_named() -> None:
     assert "patient p1, column grade" in sentence
     assert "s1: b, s5: a" in sentence
     assert "column site" in sentence
-    assert len(table_of(rows).cases) == 3  # per slide both may be true
+    by_slide = table_of(rows)
+    assert len(by_slide.cases) == 3  # per slide both may be true
+    assert any("1 of 2 patients have different labels (p1: s1, s5)" in n for n in by_slide.notes)
+    assert not any("different labels" in note for note in table_of(ROWS).notes)
 
 
 def test_every_bad_cell_is_named_at_once() -> None:

@@ -148,9 +148,13 @@ def test_a_cell_that_is_no_label_is_refused(
     ("target", "rows", "words"),
     [
         (TargetSpec(column="grad"), column("a", name="grade"), ["'grad'", "'grade'"]),
-        (TargetSpec(column="y"), column("a", "a", ""), ["has 1 class (a)"]),
-        (TargetSpec(column="y"), column("", "NA"), ["has 0 class (none)"]),
-        (TargetSpec(column="y", task="multilabel"), column("-", ""), ["has 0 class"]),
+        (TargetSpec(column="y"), column("a", "a", ""), ["all labels are 'a'"]),
+        (TargetSpec(column="y"), column("", "NA"), ["none of 2 rows names a class"]),
+        (
+            TargetSpec(column="y", task="multilabel"),
+            column("-", ""),
+            ["none of 2 rows names a class"],
+        ),
         (TargetSpec(column="y", positive="c"), column("a", "b"), ["'c'", "a, b"]),
         (TargetSpec(column="y", positive="c"), column("a", "b", "c"), ["3 classes", "one of two"]),
         (TargetSpec(column="y", task="ordinal"), column("low", "high"), ["order", "--classes"]),

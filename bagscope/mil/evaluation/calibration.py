@@ -7,7 +7,7 @@ Either needs enough patients; `calibrate` and `choose_threshold` return what the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -158,6 +158,7 @@ def calibrate(
     *,
     method: CalibrationMethod = "temperature",
     fewest: int = FEWEST_PATIENTS,
+    names: Sequence[str] | None = None,
 ) -> Temperature | Platt | Skipped:
     """Fit a calibration of (n, C) logits to (n,) classes, if each class has patients enough.
 
@@ -167,6 +168,7 @@ def calibrate(
         patients: (n,) the patient of each case; a class is as large as its patients are many.
         method: "platt" takes two classes.
         fewest: patients that each of the C classes must have.
+        names: of the classes, for the reason not to; their numbers if not given.
 
     Raises:
         ValueError: on bad arrays, or "platt" for more than two classes.
@@ -179,7 +181,9 @@ def calibrate(
         raise ValueError(
             f"platt takes two classes, and there are {scores.shape[1]}; use temperature"
         )
-    skipped = too_few_patients(classes, patients, classes=scores.shape[1], fewest=fewest)
+    skipped = too_few_patients(
+        classes, patients, classes=scores.shape[1], fewest=fewest, names=names
+    )
     if skipped:
         return skipped
     if method == "platt":
@@ -188,23 +192,28 @@ def calibrate(
 
 
 def too_few_patients(
-    y: npt.ArrayLike, patients: npt.ArrayLike, *, classes: int, fewest: int = FEWEST_PATIENTS
+    y: npt.ArrayLike,
+    patients: npt.ArrayLike,
+    *,
+    classes: int,
+    fewest: int = FEWEST_PATIENTS,
+    names: Sequence[str] | None = None,
 ) -> Skipped | None:
     """Return the reason not to fit on these cases, or None if each class has patients enough."""
     truth = as_classes(y, classes=classes)
-    names = np.asarray(patients)
-    if names.shape != truth.shape:
+    owners = np.asarray(patients)
+    if owners.shape != truth.shape:
         raise ValueError(
-            f"patients have shape {names.shape} for {len(truth)} cases; name each one's"
+            f"patients have shape {owners.shape} for {len(truth)} cases; name each one's"
         )
-    numbers = [len(np.unique(names[truth == k])) for k in range(classes)]
+    numbers = [len(np.unique(owners[truth == k])) for k in range(classes)]
     fewer = int(np.argmin(numbers))
     if numbers[fewer] >= fewest:
         return None
     return Skipped(
         reason=(
-            f"class {fewer} has {numbers[fewer]} validation patients, and {fewest} of each class "
-            "are needed"
+            f"class {names[fewer] if names else fewer} has {numbers[fewer]} validation patients, "
+            f"and {fewest} of each class are needed"
         )
     )
 
@@ -286,6 +295,7 @@ def choose_threshold(
     rule: Rule = "youden",
     target: float | None = None,
     fewest: int = FEWEST_PATIENTS,
+    names: Sequence[str] | None = None,
 ) -> Threshold | Skipped:
     """Choose a threshold on (n,) validation probabilities, if there are patients enough.
 
@@ -297,6 +307,7 @@ def choose_threshold(
             the highest threshold that has the target, "specificity" the lowest.
         target: the sensitivity or specificity to have, 0 to 1.
         fewest: patients that either outcome must have, at least one.
+        names: of the outcomes, for the reason not to; 0 and 1 if not given.
     """
     chances = as_probability(probability)
     truth = as_outcome(outcome, rows=len(chances))
@@ -307,7 +318,7 @@ def choose_threshold(
             f"the rule is {rule!r} and the target {target}; give a share from 0 to 1 with "
             "'sensitivity' or 'specificity', and none with 'youden'"
         )
-    skipped = too_few_patients(truth, patients, classes=2, fewest=max(1, fewest))
+    skipped = too_few_patients(truth, patients, classes=2, fewest=max(1, fewest), names=names)
     if skipped:
         return skipped
     values, found, spared = _every_threshold(truth, chances)

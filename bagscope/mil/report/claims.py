@@ -218,13 +218,13 @@ def _calibration(run: RunResult, result: TargetResult) -> Iterator[Claim]:
     missing = [one for one in run.members if target.name in one.uncalibrated]
     if missing and target.task not in ("regression", "survival"):
         reason = missing[0].uncalibrated[target.name]
-        every = len(missing) == len(run.members)
-        who = "None" if every else f"Only {len(run.members) - len(missing)}"
-        yield Claim(
-            tone="note",
-            text=f"{who} of the {len(run.members)} models is calibrated ({reason}): take "
-            "probabilities as scores.",
-        )
+        calibrated = len(run.members) - len(missing)
+        if len(run.members) == 1:
+            told = "The model is not calibrated"
+        else:
+            told = f"{f'Only {calibrated}' if calibrated else 'None'} of the {len(run.members)} "
+            told += f"models {'are' if calibrated > 1 else 'is'} calibrated"
+        yield Claim(tone="note", text=f"{told} ({reason}): take probabilities as scores.")
 
 
 def _reach(run: RunResult) -> Claim:

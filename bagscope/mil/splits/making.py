@@ -182,6 +182,11 @@ def _require_patients(
         holders = [patient.patient_id for patient in patients if name in patient.labels]
         if len(holders) >= parts:
             continue
+        if target.task == "survival" and not holders:
+            raise CohortError(
+                f"column {target.columns[1]}: none of {len(patients)} patients had an event; from "
+                "censored times alone nothing can be learnt, so check which word says event"
+            )
         who = f" ({listed(holders)})" if holders else ""
         small.append((len(holders), f"class {name!r} has {len(holders)} patients{who}"))
     if not small:

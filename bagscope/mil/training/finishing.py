@@ -35,6 +35,7 @@ class _Inner:
     logits: NDArray[np.float64]
     classes: NDArray[np.int64]
     patients: NDArray[np.str_]
+    names: tuple[str, ...]
 
 
 def finish(
@@ -94,6 +95,7 @@ def _inner_of(target: TargetSpec, trained: Trained, inner: BagSource | None) -> 
         logits=trained.inner_logits[known, trained.objective.slices[target.name]],
         classes=labels[known].astype(np.int64),
         patients=np.array([case.patient_id for case in inner.cases])[known],
+        names=target.classes,
     )
 
 
@@ -102,7 +104,7 @@ def _temperature(part: _Inner | Skipped, recipe: TrainSpec) -> float | Skipped:
         return Skipped(reason="the recipe does not ask for it")
     if isinstance(part, Skipped):
         return part
-    found = calibrate(part.logits, part.classes, part.patients)
+    found = calibrate(part.logits, part.classes, part.patients, names=part.names)
     if isinstance(found, Skipped):
         return found
     assert isinstance(found, Temperature), "the method that was asked for"
@@ -115,7 +117,7 @@ def _threshold(part: _Inner | Skipped, recipe: TrainSpec, temperature: float) ->
     if isinstance(part, Skipped):
         return part
     chances = softmax(part.logits / temperature, axis=1)[:, 1]
-    chosen = choose_threshold(part.classes, chances, part.patients)
+    chosen = choose_threshold(part.classes, chances, part.patients, names=part.names)
     if isinstance(chosen, Skipped):
         return chosen
     return chosen.value

@@ -118,6 +118,11 @@ def test_too_few_patients_of_a_class_skip_the_fit():
     assert absent == Skipped(
         reason="class 2 has 0 validation patients, and 20 of each class are needed"
     )
+    named = calibration.calibrate(
+        logits, np.where(y == 2, 0, y), np.arange(300), names=("benign", "in situ", "invasive")
+    )
+    assert isinstance(named, Skipped)
+    assert named.reason.startswith("class invasive has 0")
 
 
 @pytest.mark.parametrize(("patients", "enough"), [(20, True), (19, False)])

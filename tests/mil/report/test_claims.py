@@ -121,6 +121,8 @@ def test_few_patients_unknown_patients_and_missing_calibration_are_said(
     )
     partly = told(found, members=members)
     assert tones(partly, "Only 1 of the 2 models is calibrated (too few)") == ["note"]
+    alone = told(found, members=members[:1])
+    assert tones(alone, "The model is not calibrated (too few)") == ["note"]
 
 
 def test_reach_follows_the_splits(found: TargetResult) -> None:

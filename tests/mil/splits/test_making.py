@@ -326,7 +326,7 @@ def test_rare_labels_side_by_side_are_no_reason_to_stop() -> None:
 def test_censored_alone_teaches_nothing() -> None:
     rows = [{"slide_id": f"s{i}", "days": str(i), "died": "0"} for i in range(30)]
     target = TargetSpec(task="survival", time="days", event="died")
-    assert "column days, died: class 'event' has 0 patients" in refusal(rows, target)
+    assert "column died: none of 30 patients had an event" in refusal(rows, target)
 
 
 def test_patients_without_a_site_or_of_two_are_named() -> None:
