@@ -143,6 +143,19 @@ def test_only_training_samples_and_disturbs() -> None:
     assert not torch.equal(together.features, later.features)
 
 
+def test_tiles_are_left_out_of_training_alone_and_others_in_every_step() -> None:
+    source = made_source(4, tiles=40)
+    spec = BagSpec(tile_dropout=0.5)
+    whole = int(source.lengths[1])
+    assert load_batch(source, (1,), Presentation(spec=spec)).lengths.tolist() == [whole]
+    how = Presentation(spec=spec, training=True, seed=5)
+    one, other = (load_batch(source, (1,), how, step=step).tile_row for step in (0, 1))
+    assert one is not None
+    assert other is not None
+    assert 1 <= len(one) < whole
+    assert one.tolist() != other.tolist()
+
+
 def test_a_case_that_comes_twice_in_a_step_shows_other_tiles_wherever_the_step_is_cut() -> None:
     source = made_source(2, tiles=40)
     how = Presentation(spec=BagSpec(sample_tiles=2, noise=0.5), training=True, seed=5)
