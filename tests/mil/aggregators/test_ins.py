@@ -110,9 +110,15 @@ def filled(model: INS) -> INS:
     return model
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.02, 0.03, 0.5, 1.0])
-def test_losses_are_those_of_the_formulas(progress: float) -> None:
-    model, bags = filled(model_of()), bags_of(progress)
+OTHER: dict[str, Any] = {"target_momentum": (0.6, 0.2), "target_epochs": 10, "temperature": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("progress", "options"),
+    [*((progress, {}) for progress in (0.0, 0.02, 0.03, 0.5, 1.0)), (0.03, OTHER), (0.35, OTHER)],
+)
+def test_losses_are_those_of_the_formulas(progress: float, options: dict[str, Any]) -> None:
+    model, bags = filled(model_of(**options)), bags_of(progress)
     found = model(bags).losses
     for bag, label in enumerate((0, 1, 1)):
         wanted = Plain(model).losses(bags.one(bag).features, label, progress)
