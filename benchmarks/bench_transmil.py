@@ -7,7 +7,8 @@ zeros in front, S₁ Z first, three convolutions, torch's defaults. Weights go f
 both must agree before anything is timed. Each runs in processes of its own, which take turns; ours
 with the memory setting that `bagscope train` uses, the rival with and without it. Seconds are the
 medians of the rounds' medians; memory is by how much a first step raises a process's high-water
-mark, without that setting.
+mark above the bag, without that setting, the median of the rounds: what the C library does with
+freed blocks differs from run to run.
 """
 
 from __future__ import annotations
@@ -162,7 +163,10 @@ def rows_of(tiles: int, rounds: int, threads: int) -> list[recording.Row]:
     for _ in range(rounds):
         for way in WAYS:
             seconds[way].append(alone("seconds", way, tiles, threads))
-    mib = {way: alone("memory", way, tiles, threads) for way in ("eager", "ours")}
+    mib = {
+        way: statistics.median(alone("memory", way, tiles, threads) for _ in range(rounds))
+        for way in ("eager", "ours")
+    }
     case = f"transmil, {tiles:,} tiles: "
     is_target = tiles == TARGET_TILES
     ratios = {
@@ -210,11 +214,15 @@ def ours_of(**options: object) -> Aggregator:
     return build_aggregator("transmil", FEATURES, 2, options)
 
 
-def step_of(way: str, x: Tensor) -> Callable[[], None]:
+def given_to(way: str, x: Tensor) -> Bags | Tensor:
+    """Return a bag as a network takes it."""
+    return Bags.of([x]) if way == "ours" else x
+
+
+def step_of(way: str, given: Bags | Tensor) -> Callable[[], None]:
     """Return a training step: forward, loss, backward, optimiser."""
     torch.manual_seed(0)
     model: nn.Module = ours_of() if way == "ours" else EagerTransMIL(FEATURES, 2)
-    given = Bags.of([x]) if way == "ours" else x
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-5)
     label = torch.ones(1, dtype=torch.int64)
     model.train()
@@ -233,7 +241,7 @@ def median_step_s(way: str, tiles: int, steps: int = 3) -> float:
     """Return the median time of a step, the first left out."""
     if way != "eager":
         keep_freed_memory()
-    step = step_of(way, bag(tiles))
+    step = step_of(way, given_to(way, bag(tiles)))
     found = []
     for _ in range(steps + 1):
         began_s = time.perf_counter()
@@ -244,13 +252,15 @@ def median_step_s(way: str, tiles: int, steps: int = 3) -> float:
 
 def first_step_mib(way: str, tiles: int) -> float:
     """Return by how much one step raises this process's high-water mark."""
-    step_of(way, bag(300))()  # libraries load, and threads start, before the bag is there
-    x = bag(tiles)
+    step_of(
+        way, given_to(way, bag(300))
+    )()  # libraries load, and threads start, before the bag is there
+    given = given_to(way, bag(tiles))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status_kib("VmRSS")
-    step_of(way, x)()
+    step_of(way, given)()
     return (status_kib("VmHWM") - before) / 1024
 
 

@@ -118,7 +118,9 @@ def compare(trained: FeatureOrigin, record: SlideRecord, assume: str | None = No
     """
     if record.shape[1] != trained.dimension:
         fault = f"dimension is {record.shape[1]}, the model's is {trained.dimension}"
-        return Comparison(fault=f"{fault}; extract with {trained.name}", of_encoder=True)
+        known = trained.name != UNKNOWN
+        remedy = f"extract with {trained.name}" if known else "take features of the same encoder"
+        return Comparison(fault=f"{fault}; {remedy}", of_encoder=True)
     fault, is_known = _encoder_fault(trained, record)
     if fault:
         return Comparison(fault=fault, of_encoder=True)

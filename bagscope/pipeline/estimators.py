@@ -24,7 +24,7 @@ from sklearn.base import (  # type: ignore[import-untyped]
 from sklearn.utils.validation import check_is_fitted  # type: ignore[import-untyped]
 
 from bagscope.features.store import FeatureStore
-from bagscope.mil.cases import Case, CaseTable
+from bagscope.mil.cases import Case, CaseTable, listed
 from bagscope.mil.evaluation.survival import concordance
 from bagscope.mil.member import Member
 from bagscope.mil.recipe import TrainSpec
@@ -99,13 +99,13 @@ class _MILEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         patients = [f"bag {i}" for i in range(len(bags))] if groups is None else list(groups)
         if len(patients) != len(bags):
             raise ValueError(f"{len(bags)} bags and {len(patients)} groups; give one per bag")
-        if not np.isfinite(values).all():
-            raise ValueError("y holds missing or infinite values; leave those bags out")
+        _refuse_missing(np.array([not np.isfinite(row).all() for row in values], np.bool_))
         recipe = self._recipe()
         cases = [
             self._case(i, bag, str(patients[i]), {_NAME: tuple(map(float, values[i]))})
             for i, bag in enumerate(bags)
         ]
+        self._source(bags, cases)  # refuses a bag by its place in X, before they are parted
         held_out = self._inner_patients(cases, target)
         places = [
             [i for i, c in enumerate(cases) if (c.patient_id in held_out) == side]
@@ -177,6 +177,9 @@ class MILClassifier(ClassifierMixin, _MILEstimator):  # type: ignore[misc]
 
     def fit(self, X: Sequence[Any], y: Any, groups: Sequence[Any] | None = None) -> Self:
         """Train on bags and their classes."""
+        # As objects: among words, numpy would make a word of NaN.
+        cells = np.asarray(y, dtype=object).ravel()
+        _refuse_missing(np.array([cell is None or cell != cell for cell in cells], np.bool_))
         self.classes_, index = np.unique(np.asarray(y), return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y has {len(self.classes_)} class; at least two are needed")
@@ -236,6 +239,15 @@ class MILSurvival(_MILEstimator):
         """Return Harrell's C-index of the predicted risk."""
         event, time = _follow_up(y)
         return float(concordance(time, event, self.predict(X)))
+
+
+def _refuse_missing(missing: NDArray[np.bool_]) -> None:
+    """Refuse labels (n,) that are none, and name their places."""
+    if missing.any():
+        raise ValueError(
+            f"y holds missing or infinite values for {missing.sum()} of {len(missing)} bags "
+            f"({listed([str(i) for i in np.flatnonzero(missing)])}); leave those bags out"
+        )
 
 
 def _follow_up(y: Any) -> tuple[Array, Array]:

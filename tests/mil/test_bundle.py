@@ -246,7 +246,13 @@ IMPORTED = {"name": "demo", "imported_from": "clam", "imported_as": "demo"}
             None,
             "encoder.stain is macenko, the model's is absent",
         ),
-        ({}, {"dimension": 7}, None, f"dimension is {DIMENSION}, the model's is 7"),
+        ({}, {"dimension": 7}, None, f"dimension is {DIMENSION}, the model's is 7; extract with"),
+        (
+            {},
+            {"dimension": 7, "encoder": {"name": "unknown"}},
+            None,
+            "the model's is 7; take features of the same encoder",
+        ),
         # Imported features, which know nothing of their weights.
         ({"encoder": IMPORTED, "weights_sha256": "unknown"}, {}, None, "pass --assume demo"),
         ({"encoder": IMPORTED, "weights_sha256": "unknown"}, {}, "demo", ""),

@@ -173,8 +173,16 @@ def test_what_can_not_be_learnt_from_is_refused() -> None:
         MILClassifier(**SMALL).fit(BAGS, [0, 1, 0])
     with pytest.raises(ValueError, match="24 bags and 3 groups"):
         MILClassifier(**SMALL).fit(BAGS, Y, groups=[0, 1, 0])
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match=r"missing.* 24 of 24 bags"):
         MILRegressor(**SMALL).fit(BAGS, np.full(24, np.nan))
+    for none in (np.nan, None):
+        labels = [none if i in (5, 7) else label for i, label in enumerate(Y.tolist())]
+        with pytest.raises(ValueError, match=r"missing.* 2 of 24 bags \(5, 7\)"):
+            MILClassifier(**SMALL).fit(BAGS, labels)
+    for place in range(20, 24):  # whether it is learnt from or held out
+        narrow = [bag[:, :2] if i == place else bag for i, bag in enumerate(BAGS)]
+        with pytest.raises(ValueError, match=f"bag {place} is"):
+            MILClassifier(**SMALL).fit(narrow, Y)
     with pytest.raises(ValueError, match="none of the 24 bags has an event"):
         MILSurvival(**SMALL).fit(BAGS, np.stack([np.zeros(24), np.arange(24)], axis=1))
     with pytest.raises(ValueError, match="event comes first"):

@@ -5,30 +5,41 @@ A norm's output and a mask of dropout are as large as the residual stream, and c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bagscope.kernels.dispatch import own_arithmetic
 from bagscope.kernels.gated_scores.cpu import computing_dtype
-from bagscope.kernels.gated_scores.dropout import tile_dropout
+from bagscope.kernels.gated_scores.dropout import chunk_dropout, tile_dropout
+from bagscope.kernels.segments import CHUNK_ROWS
 
 
 def normed_products(
-    x: Tensor, norm: nn.LayerNorm, weights: tuple[Tensor, ...], narrow: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Return LN(x) Wᵀ (R, ·) for each W, in a dtype; the norm is computed again for gradients."""
+    x: Tensor, norm: nn.LayerNorm, weights: tuple[Tensor, ...], narrow: torch.dtype, unkept: int = 0
+) -> tuple[tuple[Tensor, ...], AbstractContextManager[object]]:
+    """Return LN(x) Wᵀ (R, ·) for each W, in a dtype, and within what they are to be used.
+
+    There the first `unkept` are not kept for gradients but made again, as the norm always is.
+    """
     dtype = computing_dtype(x.new_empty(0, dtype=narrow))
     if torch.compiler.is_compiling():
         # A compiler decides for itself what it keeps.
         normed = norm(x).to(dtype)
-        return tuple(normed @ weight.to(dtype).T for weight in weights)
-    found: tuple[Tensor, ...] = _NormedProducts.apply(
-        x, norm.weight, norm.bias, norm.eps, dtype, *weights
-    )
-    return found
+        return tuple(normed @ weight.to(dtype).T for weight in weights), nullcontext()
+    settings = (norm.weight, norm.bias, norm.eps, dtype)
+    found: tuple[Tensor, ...] = _NormedProducts.apply(x, *settings, *weights)
+    kept = x.detach()
+
+    def again(part: int) -> Tensor:
+        with torch.no_grad():
+            return _products(kept, *settings, (weights[part],))[0]
+
+    return found, _unkept(found[:unkept], again)
 
 
 def normed_rows(
@@ -39,19 +50,11 @@ def normed_rows(
     if torch.compiler.is_compiling():
         return normed, nullcontext()
     kept, gain, shift = x.detach(), norm.weight.detach(), norm.bias.detach()
-    place, shape = normed.data_ptr(), normed.shape
 
-    def keep(saved: Tensor) -> Tensor | torch.Size:
-        is_normed = saved.data_ptr() == place and saved.numel() == shape.numel()
-        return saved.shape if is_normed and saved.is_contiguous() else saved
+    def again(_: int) -> Tensor:
+        return functional.layer_norm(kept, gain.shape, gain, shift, norm.eps).to(dtype)
 
-    def find(saved: Tensor | torch.Size) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        again = torch.native_layer_norm(kept, shape[1:], gain, shift, norm.eps)[0]
-        return again.to(dtype).view(saved)
-
-    return normed, torch.autograd.graph.saved_tensors_hooks(keep, find)
+    return normed, _unkept((normed,), again)
 
 
 def laid_out(
@@ -67,7 +70,12 @@ def laid_out(
         dtype: of what is returned.
     """
     if torch.compiler.is_compiling():
-        return _lay(before, token, lengths, repeats, dtype)
+        parts: list[Tensor] = []
+        for tiles, more in zip(
+            torch.split(torch.relu(before).to(dtype), lengths), repeats, strict=True
+        ):
+            parts += [token, tiles, tiles[:more]]
+        return torch.cat(parts)
     found: Tensor = _LaidOut.apply(before, token, lengths, repeats, dtype)
     return found
 
@@ -76,6 +84,8 @@ def add_dropped(x: Tensor, added: Tensor, p: float, seed: int) -> Tensor:
     """Return x + dropout(added), whose draws `seed` alone decides; the mask is drawn again."""
     if not p:
         return x + added
+    if torch.compiler.is_compiling():
+        return x + tile_dropout(len(added), added.shape[1], p, seed, added) * added
     found: Tensor = _AddDropped.apply(x, added, p, seed)
     return found
 
@@ -86,29 +96,78 @@ class _NormedProducts(torch.autograd.Function):
         ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        normed, mean, deviation = torch.native_layer_norm(x, [x.shape[1]], gain, shift, eps)
-        ctx.save_for_backward(x, gain, shift, mean, deviation, *weights)
+        ctx.save_for_backward(x, gain, shift, *weights)
         ctx.eps, ctx.dtype = eps, dtype
-        normed = normed.to(dtype)
-        with own_arithmetic():
-            return tuple(normed @ weight.to(dtype).T for weight in weights)
+        return _products(x, gain, shift, eps, dtype, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, gain, shift, mean, deviation, *weights = ctx.saved_tensors
-        normed = torch.native_layer_norm(x, [x.shape[1]], gain, shift, ctx.eps)[0].to(ctx.dtype)
-        with own_arithmetic():
-            of_weights = [
-                (grad.T @ normed).to(weight.dtype)
-                for grad, weight in zip(grads, weights, strict=True)
-            ]
-            of_normed = grads[0] @ weights[0].to(ctx.dtype)
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                of_normed.addmm_(grad, weight.to(ctx.dtype))
-        of_x, of_gain, of_shift = torch.ops.aten.native_layer_norm_backward(
-            of_normed.to(x.dtype), x, [x.shape[1]], mean, deviation, gain, shift, [True] * 3
+        x, gain, shift, *weights = ctx.saved_tensors
+        narrow = [weight.to(ctx.dtype) for weight in weights]
+        exact = torch.promote_types(ctx.dtype, torch.float32)
+        of_weights = [torch.zeros_like(weight, dtype=exact) for weight in weights]
+        of_x, of_gain, of_shift = (
+            torch.empty_like(x),
+            torch.zeros_like(gain),
+            torch.zeros_like(gain),
         )
+        with own_arithmetic():
+            for rows in _chunks(x):
+                normed, *moments = torch.native_layer_norm(
+                    x[rows], gain.shape, gain, shift, ctx.eps
+                )
+                of_normed = torch.zeros_like(normed, dtype=ctx.dtype)
+                for of_weight, grad, weight in zip(of_weights, grads, narrow, strict=True):
+                    _add_product(of_weight, grad[rows].T, normed.to(ctx.dtype))
+                    of_normed.addmm_(grad[rows], weight)
+                of_x[rows], gained, shifted = torch.ops.aten.native_layer_norm_backward(
+                    of_normed.to(x.dtype), x[rows], gain.shape, *moments, gain, shift, [True] * 3
+                )
+                of_gain += gained
+                of_shift += shifted
+        of_weights = [
+            found.to(weight.dtype) for found, weight in zip(of_weights, weights, strict=True)
+        ]
         return of_x, of_gain, of_shift, None, None, *of_weights
+
+
+def _products(
+    x: Tensor, gain: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
+    weights: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    narrow = [weight.to(dtype) for weight in weights]
+    found = tuple(x.new_empty(len(x), len(weight), dtype=dtype) for weight in weights)
+    with own_arithmetic():
+        for rows in _chunks(x):
+            normed = functional.layer_norm(x[rows], gain.shape, gain, shift, eps).to(dtype)
+            for out, weight in zip(found, narrow, strict=True):
+                torch.mm(normed, weight.T, out=out[rows])
+    return found
+
+
+def _unkept(
+    tensors: tuple[Tensor, ...], again: Callable[[int], Tensor]
+) -> AbstractContextManager[object]:
+    """Return a context in which operations do not keep these: they are made again by number."""
+    numbers = {x.data_ptr(): (number, x.numel()) for number, x in enumerate(tensors)}
+
+    def keep(saved: Tensor) -> Tensor | tuple[int, torch.Size]:
+        number, size = numbers.get(saved.data_ptr(), (0, -1))
+        is_whole = saved.numel() == size and saved.is_contiguous()
+        return (number, saved.shape) if is_whole else saved
+
+    def find(saved: Tensor | tuple[int, torch.Size]) -> Tensor:
+        return saved if isinstance(saved, Tensor) else again(saved[0]).view(saved[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(keep, find)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to a sum that may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 class _LaidOut(torch.autograd.Function):
@@ -117,7 +176,13 @@ class _LaidOut(torch.autograd.Function):
         ctx: Any, before: Tensor, token: Tensor, lengths: list[int], repeats: list[int],
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        out = _lay(before, token, lengths, repeats, dtype)
+        rows = len(before) + len(lengths) + sum(repeats)
+        out, at = before.new_empty(rows, before.shape[1], dtype=dtype), 0
+        for tiles, more in zip(torch.split(before, lengths), repeats, strict=True):
+            out[at] = token[0]
+            own = out[at + 1 : at + 1 + len(tiles)].copy_(tiles).relu_()
+            at += 1 + len(tiles) + more
+            out[at - more : at] = own[:more]
         ctx.save_for_backward(out)
         ctx.settings = (lengths, repeats, before.dtype)
         return out
@@ -128,7 +193,9 @@ class _LaidOut(torch.autograd.Function):
         lengths, repeats, dtype = ctx.settings
         of_before = grad.new_empty(sum(lengths), grad.shape[1], dtype=dtype)
         of_token, at = torch.zeros_like(grad[:1]), 0
-        for tiles, length, more in zip(of_before.split(lengths), lengths, repeats, strict=True):
+        for tiles, length, more in zip(
+            torch.split(of_before, lengths), lengths, repeats, strict=True
+        ):
             of_token += grad[at]
             own, again = slice(at + 1, at + 1 + length), slice(at + 1 + length, None)
             tiles.copy_(torch.ops.aten.threshold_backward(grad[own], out[own], 0))
@@ -139,23 +206,26 @@ class _LaidOut(torch.autograd.Function):
         return of_before, of_token, None, None, None
 
 
-def _lay(
-    before: Tensor, token: Tensor, lengths: list[int], repeats: list[int], dtype: torch.dtype
-) -> Tensor:
-    parts: list[Tensor] = []
-    for tiles, more in zip(torch.relu(before).to(dtype).split(lengths), repeats, strict=True):
-        parts += [token, tiles, tiles[:more]]
-    return torch.cat(parts)
-
-
 class _AddDropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor, p: float, seed: int) -> Tensor:
         ctx.settings = (p, seed, added.dtype)
-        return tile_dropout(len(added), added.shape[1], p, seed, added).mul_(added).add_(x)
+        out = torch.empty_like(x)
+        for rows in _chunks(x):
+            mask = chunk_dropout(len(x[rows]), x.shape[1], p, seed, rows.start, added)
+            torch.add(x[rows], mask.mul_(added[rows]), out=out[rows])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         p, seed, dtype = ctx.settings
-        mask = tile_dropout(len(grad), grad.shape[1], p, seed, grad)
-        return grad, mask.mul_(grad).to(dtype), None, None
+        of_added = torch.empty_like(grad, dtype=dtype)
+        for rows in _chunks(grad):
+            mask = chunk_dropout(len(grad[rows]), grad.shape[1], p, seed, rows.start, of_added)
+            of_added[rows] = mask * grad[rows]
+        return grad, of_added, None, None
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    for start in range(0, len(x), CHUNK_ROWS):
+        yield slice(start, min(start + CHUNK_ROWS, len(x)))

@@ -128,7 +128,8 @@ class Attention(nn.Module):
         self, x: Tensor, rows: Rows, narrow: torch.dtype, *, with_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is added to all rows (R, hidden), and the class tokens' weights (R, H)."""
-        parts = normed_products(x, self.norm, self.qkv.weight.chunk(3), narrow)
+        # Queries and keys would be a third of what a step keeps, and two products make them again.
+        parts, unkept = normed_products(x, self.norm, self.qkv.weight.chunk(3), narrow, unkept=2)
         q, k, v = (part.view(len(x), self.options.heads, -1) for part in parts)
         weights = None
         if self.options.attention == "exact":
@@ -137,9 +138,10 @@ class Attention(nn.Module):
             if with_weights:
                 weights = _softmax_rows(q[rows.first], k, rows.borders)
         else:
-            found, weights = nystrom_attention(
-                q, k, v, rows.borders, taps=self.taps, with_first_rows=with_weights, **self.how
-            )
+            with unkept:
+                found, weights = nystrom_attention(
+                    q, k, v, rows.borders, taps=self.taps, with_first_rows=with_weights, **self.how
+                )
         return linear(found.flatten(1), self.out), weights
 
     def of_class_tokens(self, x: Tensor, rows: Rows, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -228,8 +230,10 @@ class TransMIL(Aggregator):
         assert isinstance(second, Attention)
         added, weights = first(x, rows, narrow, with_weights=self.options.score_layer == 1)
         x = self._between(add_dropped(x, added, dropout, draw_seed(bags, 1)), rows, bags)
+        # Taken first, its gradient, as large as x, comes last.
+        token = x[rows.first]
         added, last_weights = second.of_class_tokens(x, rows, narrow)
-        token = add_dropped(x[rows.first], added, dropout, draw_seed(bags, 2))
+        token = add_dropped(token, added, dropout, draw_seed(bags, 2))
         embedding = self.norm(token)
         return BagOutput(
             logits=self.classifier(embedding),

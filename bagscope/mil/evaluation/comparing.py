@@ -180,7 +180,11 @@ def compare(
         ),
         patients=len(np.unique(patients)),
         cases=len(cases),
-        notes=_notes(same_folds=same_folds),
+        notes=_notes(
+            same_folds=same_folds,
+            over_folds=scope == "pooled"
+            and any(tests[0].method == "corrected resampled t" for *_, tests in tested),
+        ),
     )
 
 
@@ -242,9 +246,16 @@ def _described(answers: Answers) -> str:
     )
 
 
-def _notes(*, same_folds: bool) -> tuple[str, ...]:
-    if same_folds:
-        return ()
-    return (
-        "the models were not trained on the same folds, so part of a difference may be the folds'",
-    )
+def _notes(*, same_folds: bool, over_folds: bool) -> tuple[str, ...]:
+    notes = []
+    if not same_folds:
+        notes.append(
+            "the models were not trained on the same folds, so part of a difference may be the "
+            "folds'"
+        )
+    if over_folds:
+        notes.append(
+            "a difference by the corrected t is the mean over folds, and need not be that of the "
+            "values by themselves, which are pooled"
+        )
+    return tuple(notes)

@@ -67,7 +67,9 @@ def test_folds_are_judged_by_a_bootstrap_of_the_same_patients() -> None:
 def test_repeated_folds_are_judged_by_the_corrected_test() -> None:
     good = answers(0.5, 1, folds=3, repeats=4)
     bad = answers(3.0, 2, folds=3, repeats=4)
-    (pair,) = compare({"g": good, "b": bad}, train_patients=40, resamples=200).pairs
+    found = compare({"g": good, "b": bad}, train_patients=40, resamples=200)
+    (pair,) = found.pairs
+    assert "is the mean over folds" in found.notes[0]
     values = [
         [roc_auc_score(one.truth[rows, 0], one.predicted[rows, 1]) for rows in one.fold_rows]
         for one in (good, bad)
