@@ -47,6 +47,7 @@ REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
 NUMERICS = 1
 """Raised by hand, with a changelog line, when the same predictions give other numbers."""
+_NOT_IN_RUN = "is not in the run: it had no features, no tile or no side when that was made"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,12 +232,14 @@ def _cohort_of(run: FinishedRun, features: str | None) -> _Cohort:
             f"{run.folder}: {listed(gone, 4)} ({len(gone)} in all) of its cases are no longer in "
             f"{study.cohort_path} with features and a label; bring them back, or train it anew"
         )
+    tested = frozenset(run.plan.case_ids)
+    beside = [case.case_id for case in table.cases if case.case_id not in tested]
     return _Cohort(
         table=CaseTable(
             cases=table.chosen(run.plan.case_ids),
             targets=table.targets,
             per=table.per,
-            left_out=table.left_out,
+            left_out={**table.left_out, **dict.fromkeys(beside, _NOT_IN_RUN)},
         ),
         location=location,
         patients_known=cohort.patient_id_given,

@@ -382,6 +382,17 @@ def copied(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "s" / "runs" / "good"))
 
 
+def test_labelled_slides_that_the_run_lacks_are_listed(copied: Path) -> None:
+    table = copied.parents[1] / "cohort.csv"
+    text = table.read_text()
+    last = text.splitlines()[-1]
+    added = last.replace(last.split(",")[0], "nobody_trained", 1)
+    table.write_text(f"{text}{added}\n")
+    found = evaluate_run(EvaluateRequest(run=copied, resamples=FEW))
+    assert [*found.result.left_out] == ["nobody_trained"]
+    assert "nobody_trained" in found.report.read_text(encoding="utf-8")
+
+
 def test_unfinished_run_is_refused(copied: Path) -> None:
     (copied / "fold_r0_f3_s1" / "member.json").unlink()
     with pytest.raises(ArtifactError, match=r"not finished \(1 of 10 .*fold_r0_f3_s1"):
