@@ -113,8 +113,7 @@ def test_heads_of_any_width(name: str, width: int, monkeypatch: pytest.MonkeyPat
         assert_close_to_float64(grad, true_grads[key], atol=1e-6, what=key)
 
 
-# A compiler takes the sizes of what Nyström attention keeps for constants, one for each length.
-@pytest.mark.parametrize("name", [name for name in OPS if name != "nystrom_attention"])
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.slow
 def test_one_compilation_serves_every_number_of_tiles(name: str) -> None:
     torch._dynamo.reset()

@@ -134,8 +134,8 @@ def nystrom_first_rows(
     Raises:
         ValueError: shapes or borders do not belong together.
     """
-    bags = len(cu_seqlens) - 1
-    rows = table_rows(bags, len(k), landmarks, zero_pads)
+    bags = cu_seqlens.shape[0] - 1
+    rows = table_rows(bags, k.shape[0], landmarks, zero_pads)
     wanted = [(bags, *k.shape[1:]), (rows, *k.shape[1:])]
     if k.ndim != 3 or [tuple(first.shape), tuple(means.shape)] != wanted:
         raise ValueError(
@@ -162,7 +162,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, taps: Tensor, cu_seqlens: Tensor, landmarks: int,
     iterations: int, zero_pads: bool, shared_start: bool, scale: float, with_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    require_borders(cu_seqlens, len(q))
+    require_borders(cu_seqlens, q.shape[0])
     choose(_OP, q)
     settings = cpu.Settings(landmarks, iterations, zero_pads, shared_start, scale)
     told, told_lse, inverses = _tables(q, cu_seqlens, landmarks, iterations, zero_pads)
@@ -230,7 +230,7 @@ def _first_rows(
     first: Tensor, means: Tensor, k: Tensor, cu_seqlens: Tensor, landmarks: int,
     iterations: int, zero_pads: bool, shared_start: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    require_borders(cu_seqlens, len(k))
+    require_borders(cu_seqlens, k.shape[0])
     choose(_OP, k)
     settings = cpu.Settings(landmarks, iterations, zero_pads, shared_start, scale)
     _, lse, inverses = _tables(k, cu_seqlens, landmarks, iterations, zero_pads)
@@ -291,7 +291,7 @@ def _tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for what is kept (see `cpu.Kept`)."""
     heads, width = q.shape[1:]
-    rows = table_rows(len(cu_seqlens) - 1, len(q), landmarks, zero_pads)
+    rows = table_rows(cu_seqlens.shape[0] - 1, q.shape[0], landmarks, zero_pads)
     told = q.new_empty(rows, heads, width, dtype=_exact(q))
     each = (matrices(iterations), heads, landmarks)
     fits = rows * math.prod(each) * told.element_size() <= kept_bytes()

@@ -82,7 +82,7 @@ def runs(cu_seqlens: Tensor, landmarks: int, zero_pads: bool) -> list[Run]:
 
 def table_rows(bags: int, tiles: int, landmarks: int, zero_pads: bool) -> int:
     """Return how many rows hold the landmarks of all bags, whatever their lengths are."""
-    return landmarks * (bags if zero_pads else min(bags, tiles // (landmarks + 1)))
+    return landmarks * (bags if zero_pads else torch.sym_min(bags, tiles // (landmarks + 1)))
 
 
 def means_of(x: Tensor, run: Run) -> Tensor:
@@ -135,7 +135,7 @@ def _means_backward(
 
 
 def _table(x: Tensor, cu_seqlens: Tensor, landmarks: int, zero_pads: bool) -> Tensor:
-    rows = table_rows(len(cu_seqlens) - 1, len(x), landmarks, zero_pads)
+    rows = table_rows(cu_seqlens.shape[0] - 1, x.shape[0], landmarks, zero_pads)
     return x.new_empty(rows, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
