@@ -218,7 +218,7 @@ def test_members_of_survival_with_bins_of_their_own_can_be_judged(folder: Path) 
 
 
 def test_tiles_without_the_places_that_a_model_goes_by_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"goes by distances in micrometres, and .* has no coord"):
+    with pytest.raises(ConfigError, match=r"goes by distances .* 24 cases\) there are no coord"):
         trained(folder, recipe="vit_alibi", settings={})
     assert not (folder / "study" / "runs").exists()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,10 @@ def runs(cu_seqlens: Tensor, landmarks: int, zero_pads: bool) -> list[Run]:
 
 def table_rows(bags: int, tiles: int, landmarks: int, zero_pads: bool) -> int:
     """Return how many rows hold the landmarks of all bags, whatever their lengths are."""
-    return landmarks * (bags if zero_pads else torch.sym_min(bags, tiles // (landmarks + 1)))
+    if zero_pads:
+        return landmarks * bags
+    # A compiler keeps both sides open, and min() would choose one for good.
+    return landmarks * cast("int", torch.sym_min(bags, tiles // (landmarks + 1)))
 
 
 def means_of(x: Tensor, run: Run) -> Tensor:
