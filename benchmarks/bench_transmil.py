@@ -14,15 +14,12 @@ freed blocks differs from run to run.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from bagscope.arithmetic import avoid_broken_units, keep_freed_memory
 
@@ -31,6 +28,7 @@ avoid_broken_units()
 import recording  # noqa: E402
 import torch  # noqa: E402
 from eager_models import relative_error  # noqa: E402
+from high_water import HighWater  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
@@ -252,21 +250,12 @@ def median_step_s(way: str, tiles: int, steps: int = 3) -> float:
 
 def first_step_mib(way: str, tiles: int) -> float:
     """Return by how much one step raises this process's high-water mark."""
-    step_of(
-        way, given_to(way, bag(300))
-    )()  # libraries load, and threads start, before the bag is there
+    # Libraries load, and threads start, before the bag is there.
+    step_of(way, given_to(way, bag(300)))()
     given = given_to(way, bag(tiles))
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_kib("VmRSS")
+    memory = HighWater()
     step_of(way, given)()
-    return (status_kib("VmHWM") - before) / 1024
-
-
-def status_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split(f"{key}:")[1].split()[0])
+    return memory.raised_mib
 
 
 if __name__ == "__main__":
