@@ -82,7 +82,23 @@ def measured(folder: Path, seed: int) -> list[recording.Row]:
     )
     if is_new:
         rows.append(recording.Row(f"seed {seed}: from nothing", seconds, "s", at_most=MOST_SECONDS))
-    return rows
+    return [*rows, *bundle_rows(folder, seed)]
+
+
+def bundle_rows(folder: Path, seed: int) -> list[recording.Row]:
+    """Make the demo's review page once more, elsewhere; return its size and how long it took."""
+    run = DemoRequest(folder=folder).run
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "review"
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "bagscope", "review", str(run), "--out", str(out)]
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return [
+        recording.Row(f"seed {seed}: review page", size / 2**20, "MiB"),
+        recording.Row(f"seed {seed}: review page, made in", seconds, "s"),
+    ]
 
 
 if __name__ == "__main__":
