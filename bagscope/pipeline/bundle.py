@@ -81,13 +81,13 @@ def _others(planned: PlannedRun) -> dict[str, dict[str, list[str]]]:
         name: {case.case_id for case in (*task.train, *task.inner)}
         for name, task in planned.members.items()
     }
-    draws = {name: (task.repeat, task.seed) for name, task in planned.tests.items()}
+    draws: dict[tuple[int, int], list[str]] = {}
+    for name, task in planned.tests.items():
+        draws.setdefault((task.repeat, task.seed), []).append(name)
     return {
         name: {
             case.case_id: [
-                other
-                for other in draws
-                if draws[other] == draws[name] and case.case_id in saw[other]
+                other for other in draws[task.repeat, task.seed] if case.case_id in saw[other]
             ]
             for case in task.cases
         }

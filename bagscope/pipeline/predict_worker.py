@@ -94,8 +94,6 @@ def score_one(job: Job) -> StageResult:
 
 def _others_scores(task: ScoreTask, panel: Panel, source: StoreSource) -> list[Array]:
     """Return what models of the same kind that saw the case in training say of its tiles."""
-    if len(panel.members) > 1:
-        return []
     name = panel.members[0].recipe.aggregator.name
     others = [other for other in map(_member, task.others) if other.recipe.aggregator.name == name]
     return member_scores(others, source, 0, device=task.device)

@@ -217,8 +217,13 @@ def test_members_of_survival_with_bins_of_their_own_can_be_judged(folder: Path) 
     assert len(found.answers(found.target()).case) == len(rows)
 
 
+WITHOUT_COORDINATES = (
+    r"goes by distances in micrometres, and of .* \(24 of 24 cases\) there are no coordinates"
+)
+
+
 def test_tiles_without_the_places_that_a_model_goes_by_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"goes by distances .* 24 cases\) there are no coord"):
+    with pytest.raises(ConfigError, match=WITHOUT_COORDINATES):
         trained(folder, recipe="vit_alibi", settings={})
     assert not (folder / "study" / "runs").exists()
 

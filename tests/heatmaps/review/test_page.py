@@ -317,6 +317,7 @@ def test_deep_link_leads_to_layer_and_place_and_follows_the_view(
         open_at(page, bundle, f"#slide/{BOARD}?layer=inverse&x=7000&y=2000&zoom=0.25&rotation=90")
         wanted = {"layer": "inverse", "x": 7000, "y": 2000, "zoom": 0.25, "rotation": 90}
         assert page.evaluate("bagscope.view()") == wanted
+        settled(page)  # tiles on their way to a layer that is left make the viewer warn
         page.keyboard.press("1")
         page.keyboard.press("r")
         settled(page)
