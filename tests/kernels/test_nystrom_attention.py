@@ -19,8 +19,9 @@ from bagscope.kernels.nystrom_attention import (
     nystrom_first_rows,
 )
 from bagscope.kernels.nystrom_attention.landmarks import runs
-from bagscope.kernels.nystrom_attention.pseudo_inverse import PseudoInverse, matrices
+from bagscope.kernels.nystrom_attention.pseudo_inverse import IteratedInverse
 from bagscope.kernels.nystrom_attention.reference import attention_matrix, pseudo_inverse
+from bagscope.kernels.nystrom_attention.spectral_inverse import SpectralInverse
 from tests.kernels.packed import (
     RAGGED,
     assert_close_to_float64,
@@ -217,15 +218,16 @@ def test_inputs_need_not_lie_together() -> None:
     torch.testing.assert_close(attend(**loose, **how), attend(**inputs, **how))
 
 
+@pytest.mark.parametrize("kind", [IteratedInverse, SpectralInverse])
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_pseudo_inverse(shared: bool) -> None:
+def test_the_pseudo_inverse(shared: bool, kind: type[IteratedInverse | SpectralInverse]) -> None:
     s = normal(3, 12, 12, dtype=torch.float64).mul(3).softmax(-1).requires_grad_()
     x = normal(3, 12, 5, dtype=torch.float64).requires_grad_()
     rows = normal(3, 2, 12, dtype=torch.float64).requires_grad_()
     z = pseudo_inverse(s, 6, shared)
     with torch.no_grad():
-        kept = torch.empty(matrices(6), *s.shape, dtype=s.dtype)
-        ours = PseudoInverse(s, 6, shared, kept, is_filled=False)
+        kept = torch.empty(kind.matrices(6), *s.shape, dtype=s.dtype)
+        ours = kind(s, 6, shared, kept, is_filled=False)
     for given, found, wanted, backward in (
         (x, ours.times(x), z @ x, ours.times_backward),
         (rows, ours.asked(rows), rows @ z, ours.asked_backward),
@@ -239,6 +241,32 @@ def test_the_pseudo_inverse(shared: bool) -> None:
     # On the way to the inverse: what is not singular is.
     far = pseudo_inverse(s, 30, shared)
     assert_close_to_float64(far @ s, torch.eye(12).double().expand(3, 12, 12), rtol=1e-6)
+
+
+def test_eigenvalues_may_be_the_same() -> None:
+    """A row that all share, and one that each has: every eigenvalue but one comes many times."""
+    s = torch.eye(12, dtype=torch.float64).mul(0.5).add(0.5 / 12).expand(2, 12, 12).clone()
+    x, grad = (normal(2, 12, 3, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    ways = [
+        kind(s, 6, False, s.new_empty(kind.matrices(6), *s.shape), is_filled=False)
+        for kind in (SpectralInverse, IteratedInverse)
+    ]
+    mine, truth = (way.times_backward(x, grad) for way in ways)
+    assert_close_to_float64(ways[0].times(x), ways[1].times(x), rtol=1e-10)
+    assert_close_to_float64(mine[0], truth[0], rtol=1e-10)
+    assert_close_to_float64(*(through_softmax(s, g) for g in (mine[1], truth[1])), rtol=1e-10)
+
+
+def test_what_is_not_a_number_stays_that() -> None:
+    inputs, how = case((40,)), settings((40,), 16, (False, False))
+    q, k, v = (x for x in inputs.values() if x is not None)
+    q[3, 0, 0] = float("nan")
+    found = attend(q.requires_grad_(), k, v, **how)
+    (grad,) = torch.autograd.grad(found.sum(), q)
+    # One head's alone: the others know nothing of it.
+    for x in (found, grad):
+        assert bool(x[:, 0].isnan().any())
+        assert not bool(x[:, 1:].isnan().any())
 
 
 def through_softmax(s: Tensor, grad: Tensor) -> Tensor:

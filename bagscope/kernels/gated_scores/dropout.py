@@ -20,14 +20,22 @@ def chunk_dropout(rows: int, columns: int, p: float, seed: int, start: int, like
 
     The probability is rounded to 1 / 65,536, and the other value to what keeps the mean at one.
     """
-    generator = torch.Generator(like.device)
+    kept, factor = chunk_kept(rows, columns, p, seed, start, like.device)
+    return kept.to(like.dtype).mul_(factor)
+
+
+def chunk_kept(
+    rows: int, columns: int, p: float, seed: int, start: int, device: torch.device
+) -> tuple[Tensor, float]:
+    """Return which of (rows, columns) stay, bool, and what they are multiplied with."""
+    generator = torch.Generator(device)
     generator.manual_seed((seed * _GOLDEN + start * _PRIME) & _LIMIT)
     # Sixteen bits per number: drawing is what dropout costs on a processor.
-    words = torch.empty((rows * columns + 3) // 4, dtype=torch.int64, device=like.device)
+    words = torch.empty((rows * columns + 3) // 4, dtype=torch.int64, device=device)
     words.random_(-(1 << 63), None, generator=generator)
     dropped = min(round(p * _STEPS), _STEPS - 1)
     kept = words.view(torch.int16)[: rows * columns].view(rows, columns) >= dropped - _STEPS // 2
-    return kept.to(like.dtype).mul_(_STEPS / (_STEPS - dropped))
+    return kept, _STEPS / (_STEPS - dropped)
 
 
 def gate_dropout(p: float, is_gated: bool) -> float:

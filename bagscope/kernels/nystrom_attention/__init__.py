@@ -10,9 +10,10 @@ the pseudo-inverse scaled by the largest sums of all heads, in place of each hea
 
 Shapes: T rows of all bags, H heads, d features per head: q, k, v and out (T, H, d). The bag is
 read in chunks; S₁ and S₃ exist for a chunk of rows alone. Kept for backward: q, k, v, the
-landmarks' answers S₃ V, and 44·m²·H bytes per bag for the pseudo-inverse (which is made
-anew where all bags' don't fit `dispatch.kept_bytes()`); weights are computed again. Operations:
-8·n·m·H·d forward, 2.5 times as many backward, and 42·m³·H and 74·m³·H for the pseudo-inverse.
+landmarks' answers S₃ V, and per bag 4·m²·H bytes for the pseudo-inverse on a processor, which
+finds it from eigenvectors (`spectral_inverse`), 44·m²·H on a GPU, which iterates; it is made anew
+where all bags' don't fit `dispatch.kept_bytes()`. Weights are computed again. Operations: 8·n·m·H·d
+forward, 2.5 times as many backward, and 42·m³·H and 74·m³·H for the iteration.
 
 There is no Triton kernel: every piece is a product that torch's own batched products do, at a
 size that suits them, and softmax in place.
@@ -38,7 +39,6 @@ from bagscope.kernels.nystrom_attention.head_conv import (
     require_taps,
 )
 from bagscope.kernels.nystrom_attention.landmarks import landmark_means, table_rows
-from bagscope.kernels.nystrom_attention.pseudo_inverse import matrices
 from bagscope.kernels.nystrom_attention.reference import nystrom_attention_reference
 from bagscope.kernels.segments import require_borders
 
@@ -293,7 +293,7 @@ def _tables(
     heads, width = q.shape[1:]
     rows = table_rows(cu_seqlens.shape[0] - 1, q.shape[0], landmarks, zero_pads)
     told = q.new_empty(rows, heads, width, dtype=_exact(q))
-    each = (matrices(iterations), heads, landmarks)
+    each = (cpu.inverse_of(q.device).matrices(iterations), heads, landmarks)
     fits = rows * math.prod(each) * told.element_size() <= kept_bytes()
     return told, told.new_empty(rows, heads), told.new_empty(rows if fits else 0, *each)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bagscope.kernels.nystrom_attention.landmarks import Run, means_of, runs, spread
-from bagscope.kernels.nystrom_attention.pseudo_inverse import PseudoInverse, matrices
+from bagscope.kernels.nystrom_attention.pseudo_inverse import IteratedInverse
+from bagscope.kernels.nystrom_attention.spectral_inverse import SpectralInverse
 
 _CHUNK_ROWS = {"cpu": 256}
 """Weights of that many rows, and their gradient, stay in a core's cache."""
@@ -39,7 +40,7 @@ class Kept:
     Attributes:
         told: (M, H, d) S₃ V; nothing where only first rows are asked for.
         lse: (M, H) of S₃.
-        inverses: (M, 2 K − 1, H, m) or empty; a bag's lie in the room of its landmarks.
+        inverses: (M, ·, H, m) or empty; a bag's matrices lie in the room of its landmarks.
     """
 
     told: Tensor
@@ -48,17 +49,21 @@ class Kept:
 
     def inverse(
         self, run: Run, queries: Tensor, keys: Tensor, settings: Settings, *, is_known: bool
-    ) -> PseudoInverse:
+    ) -> IteratedInverse | SpectralInverse:
         """Return a bag's pseudo-inverse, as it was kept or made anew."""
         s = (queries @ keys.mT).softmax(-1)
-        shape = (matrices(settings.iterations), *s.shape)
+        kind = inverse_of(s.device)
+        shape = (kind.matrices(settings.iterations), *s.shape)
         if len(self.inverses):
             room = self.inverses[run.own].view(-1)[: math.prod(shape)].view(shape)
         else:
             room, is_known = s.new_empty(shape), False
-        return PseudoInverse(
-            s, settings.iterations, settings.shared_start, room, is_filled=is_known
-        )
+        return kind(s, settings.iterations, settings.shared_start, room, is_filled=is_known)
+
+
+def inverse_of(device: torch.device) -> type[IteratedInverse | SpectralInverse]:
+    """Return how a device finds pseudo-inverses: a GPU is slow at eigenvectors."""
+    return SpectralInverse if device.type == "cpu" else IteratedInverse
 
 
 def attend(
@@ -166,6 +171,8 @@ def first_rows_backward(
         inverse = kept.inverse(run, queries, key_means, settings, is_known=True)
         near = (asking @ key_means.mT).softmax(-1)
         u = inverse.asked(near)
+        # Each head's together: numbers that lie apart are slow to spread over weights.
+        of_row = of_row.T.contiguous()
         of_u = _row_mass(queries, keys, found, of_row)
         # The inverse first: what it needs on its way is gone before the keys' gradient is there.
         of_near, of_s = inverse.asked_backward(near, of_u)
@@ -263,7 +270,7 @@ def _tell_backward(
         keys, values = _heads(k[rows], queries.dtype), _heads(v[rows], queries.dtype)
         weights = _weights(queries, keys, lse)
         _write(weights.mT, grad, grad_v[rows])
-        along = torch.baddbmm(delta, grad, values.mT, beta=-1.0).mul_(weights)
+        along = (grad @ values.mT).sub_(delta).mul_(weights)
         _write(along.mT, queries, grad_k[rows])
         of_queries.baddbmm_(along, keys)
     return of_queries
@@ -277,23 +284,23 @@ def _write_row(queries: Tensor, k: Tensor, lse: Tensor, u: Tensor, row: Tensor) 
 
 
 def _row_mass(queries: Tensor, k: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient of u, (H, 1, m)."""
+    """Return the gradient of u, (H, 1, m), given that of the row, (H, n)."""
     found = torch.zeros_like(lse)
     for rows in _chunks(k):
         weights = _weights(queries, _heads(k[rows], queries.dtype), lse)
-        found.baddbmm_(weights, grad[rows].T[..., None])
+        found.baddbmm_(weights, grad[:, rows, None])
     return found.mT
 
 
 def _row_backward(
     queries: Tensor, k: Tensor, lse: Tensor, u: Tensor, of_u: Tensor, grad: Tensor, grad_k: Tensor
 ) -> Tensor:
-    """Write the gradient of k; return that of the queries."""
+    """Write the gradient of k; return that of the queries; `grad` is that of the row, (H, n)."""
     of_queries, share, share_of_queries = torch.zeros_like(queries), of_u.mT, u.mT * queries
     for rows in _chunks(k):
         keys = _heads(k[rows], queries.dtype)
         along = _weights(queries, keys, lse)
-        along.mul_(grad[rows].T[:, None] - share)
+        along.mul_(grad[:, None, rows] - share)
         of_queries.baddbmm_(along, keys)
         _write(along.mT, share_of_queries, grad_k[rows])
     return of_queries.mul_(u.mT)
@@ -313,7 +320,7 @@ def _through_softmax(weights: Tensor, grad: Tensor) -> Tensor:
 
 def _weights(queries: Tensor, keys: Tensor, lse: Tensor) -> Tensor:
     """Return exp(queries · keys − lse), (H, m, n)."""
-    return torch.baddbmm(lse, queries, keys.mT, beta=-1.0).exp_()
+    return (queries @ keys.mT).sub_(lse).exp_()
 
 
 def _write(weights: Tensor, values: Tensor, out: Tensor) -> None:

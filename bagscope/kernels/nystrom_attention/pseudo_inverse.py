@@ -1,4 +1,4 @@
-"""The iterated pseudo-inverse of Nyström attention, applied to what it is multiplied with.
+"""The pseudo-inverse of Nyström attention, applied to what it is multiplied with.
 
     Z₀ = Sᵀ / c,    Z ← Z P,   P = ¼ (13 I − 15 A + 7 A² − A³),   A = S Z
 
@@ -14,31 +14,54 @@ make every Z of them again.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def matrices(iterations: int) -> int:
-    """Return how many matrices (H, m, m) are kept of one bag."""
-    return 2 * iterations - 1
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the iteration's start is divided by, and how it depends on S.
+
+    Attributes:
+        c: (H or 1, 1, 1).
+        widest: (H or 1, 1, 1) the largest sum of a column.
+        is_widest: (H, 1, m) each column's share in it.
+    """
+
+    c: Tensor
+    widest: Tensor
+    is_widest: Tensor
+
+    @classmethod
+    def of(cls, s: Tensor, is_shared: bool) -> Start:
+        """Return that of each head, or of all heads."""
+        columns, rows = s.sum(-2), s.sum(-1)
+        dims = (0, 1) if is_shared else 1
+        widest = columns.amax(dims, keepdim=True)[..., None]
+        is_widest = (columns[:, None] == widest).to(s.dtype)
+        is_widest /= is_widest.sum((0, 2) if is_shared else 2, keepdim=True)
+        return cls(widest * rows.amax(dims, keepdim=True)[..., None], widest, is_widest)
+
+    def add_of_scale(self, of_s: Tensor, value: Tensor) -> Tensor:
+        """Add to the gradient of S that of c, given −c times its derivative per head (H, 1, 1)."""
+        if len(self.c) == 1:
+            value = value.sum(0, keepdim=True)
+        # c grows with its widest column; the sums of rows are one whatever S is.
+        return of_s.sub_(value / self.widest * self.is_widest)
 
 
-class PseudoInverse:
+class IteratedInverse:
     """Z of one bag, as the A, Z and P of all iterations."""
 
     def __init__(
         self, s: Tensor, iterations: int, shared_start: bool, kept: Tensor, *, is_filled: bool
     ) -> None:
         """Make A and P in `kept` (2 K − 1, H, m, m), or find them there."""
-        columns, rows = s.sum(-2), s.sum(-1)
-        dims = (0, 1) if shared_start else 1
-        self.s = s
-        self.widest = columns.amax(dims, keepdim=True)[..., None]
-        self.is_widest = (columns[:, None] == self.widest).to(s.dtype)
-        self.is_widest /= self.is_widest.sum((0, 2) if shared_start else 2, keepdim=True)
-        self.c = self.widest * rows.amax(dims, keepdim=True)[..., None]
+        self.s, self.start = s, Start.of(s, shared_start)
         self.a, self.p = kept[:iterations], kept[iterations:]
-        self.z: list[Tensor] = [s.mT / self.c]
+        self.z: list[Tensor] = [s.mT / self.start.c]
         for k in range(iterations):
             if k:
                 self.z.append(self.z[k - 1] @ self.p[k - 1])
@@ -50,6 +73,11 @@ class PseudoInverse:
                 p = torch.sub(square, a, alpha=15 / 7, out=self.p[k])
                 p.baddbmm_(square, a, beta=1.75, alpha=-0.25)
                 p.diagonal(dim1=-2, dim2=-1).add_(3.25)
+
+    @staticmethod
+    def matrices(iterations: int) -> int:
+        """Return how many matrices (H, m, m) are kept of one bag."""
+        return 2 * iterations - 1
 
     def times(self, x: Tensor) -> Tensor:
         """Return Z X."""
@@ -82,11 +110,7 @@ class PseudoInverse:
                 of_z = of_z @ self.p[k - 1].mT
                 of_a = _cubic_backward(self.a[k - 1], of_p)
         value = (of_z * self.z[0]).sum((1, 2), keepdim=True)
-        if len(self.c) == 1:
-            value = value.sum(0, keepdim=True)
-        found.add_(of_z.mT / self.c)
-        # c grows with its widest column; the sums of rows are one whatever S is.
-        return found.sub_(value / self.widest * self.is_widest)
+        return self.start.add_of_scale(found.add_(of_z.mT / self.start.c), value)
 
 
 def _cubic_backward(a: Tensor, grad: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Pieces of a residual layer that keep less for the way back than torch's own would.
 
-A norm's output and a mask of dropout are as large as the residual stream, and cheap to make again.
+A norm's output is as large as the residual stream, and cheap to make again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from bagscope.kernels.dispatch import own_arithmetic
 from bagscope.kernels.gated_scores.cpu import computing_dtype
-from bagscope.kernels.gated_scores.dropout import chunk_dropout, tile_dropout
+from bagscope.kernels.gated_scores.dropout import chunk_kept, tile_dropout
 from bagscope.kernels.segments import CHUNK_ROWS
 
 
@@ -81,7 +81,7 @@ def laid_out(
 
 
 def add_dropped(x: Tensor, added: Tensor, p: float, seed: int) -> Tensor:
-    """Return x + dropout(added), whose draws `seed` alone decides; the mask is drawn again."""
+    """Return x + dropout(added), whose draws `seed` alone decides; a byte per number is kept."""
     if not p:
         return x + added
     if torch.compiler.is_compiling():
@@ -116,10 +116,12 @@ class _NormedProducts(torch.autograd.Function):
                 normed, *moments = torch.native_layer_norm(
                     x[rows], gain.shape, gain, shift, ctx.eps
                 )
-                of_normed = torch.zeros_like(normed, dtype=ctx.dtype)
-                for of_weight, grad, weight in zip(of_weights, grads, narrow, strict=True):
-                    _add_product(of_weight, grad[rows].T, normed.to(ctx.dtype))
-                    of_normed.addmm_(grad[rows], weight)
+                own = [grad[rows] for grad in grads]
+                for of_weight, grad in zip(of_weights, own, strict=True):
+                    _add_product(of_weight, grad.T, normed.to(ctx.dtype))
+                of_normed = own[0] @ narrow[0]
+                for grad, weight in zip(own[1:], narrow[1:], strict=True):
+                    of_normed.addmm_(grad, weight)
                 of_x[rows], gained, shifted = torch.ops.aten.native_layer_norm_backward(
                     of_normed.to(x.dtype), x[rows], gain.shape, *moments, gain, shift, [True] * 3
                 )
@@ -209,20 +211,26 @@ class _LaidOut(torch.autograd.Function):
 class _AddDropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor, p: float, seed: int) -> Tensor:
-        ctx.settings = (p, seed, added.dtype)
-        out = torch.empty_like(x)
+        out, stays = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+        factor = 1.0
         for rows in _chunks(x):
-            mask = chunk_dropout(len(x[rows]), x.shape[1], p, seed, rows.start, added)
-            torch.add(x[rows], mask.mul_(added[rows]), out=out[rows])
+            drawn = (*added[rows].shape, p, seed, rows.start, x.device)
+            stays[rows], factor = chunk_kept(*drawn)
+            torch.addcmul(
+                x[rows], added[rows].to(x.dtype), stays[rows].to(x.dtype), value=factor,
+                out=out[rows],
+            )  # fmt: skip
+        ctx.save_for_backward(stays)
+        ctx.settings = (factor, added.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        p, seed, dtype = ctx.settings
+        (stays,), (factor, dtype) = ctx.saved_tensors, ctx.settings
         of_added = torch.empty_like(grad, dtype=dtype)
         for rows in _chunks(grad):
-            mask = chunk_dropout(len(grad[rows]), grad.shape[1], p, seed, rows.start, of_added)
-            of_added[rows] = mask * grad[rows]
+            own = torch.mul(grad[rows], stays[rows].to(grad.dtype))
+            torch.mul(own, factor, out=of_added[rows])
         return grad, of_added, None, None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bagscope.errors import ConfigError
+from bagscope.kernels.dispatch import kept_bytes
 from bagscope.kernels.gated_scores.cpu import computing_dtype
 from bagscope.kernels.linear_attention.halves import gather
 from bagscope.kernels.nystrom_attention import (
@@ -128,8 +129,11 @@ class Attention(nn.Module):
         self, x: Tensor, rows: Rows, narrow: torch.dtype, *, with_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is added to all rows (R, hidden), and the class tokens' weights (R, H)."""
-        # Queries and keys would be a third of what a step keeps, and two products make them again.
-        parts, unkept = normed_products(x, self.norm, self.qkv.weight.chunk(3), narrow, unkept=2)
+        # Queries and keys are a third of what a step keeps; two products would make them again.
+        fits = 2 * x.numel() * narrow.itemsize <= kept_bytes()
+        parts, unkept = normed_products(
+            x, self.norm, self.qkv.weight.chunk(3), narrow, unkept=0 if fits else 2
+        )
         q, k, v = (part.view(len(x), self.options.heads, -1) for part in parts)
         weights = None
         if self.options.attention == "exact":

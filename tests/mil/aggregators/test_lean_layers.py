@@ -86,7 +86,7 @@ def test_rows_are_laid_between_tokens_and_what_is_repeated(lengths: list[int]) -
     assert_same(found, torch.cat(parts), [before, token])
 
 
-def test_dropout_of_what_is_added_is_drawn_again_for_gradients() -> None:
+def test_dropout_of_what_is_added_has_the_gradients_of_its_mask() -> None:
     x, added = leaf(ROWS, WIDTH, seed=0), leaf(ROWS, WIDTH, seed=1)
     mask = tile_dropout(ROWS, WIDTH, 0.3, 7, added)
     assert 0.6 < float((mask > 0).double().mean()) < 0.8

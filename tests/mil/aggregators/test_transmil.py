@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bagscope.errors import ConfigError
+from bagscope.kernels.dispatch import keeping
 from bagscope.kernels.nystrom_attention.reference import attention_matrix
 from bagscope.mil.aggregators.ppeg import PPEG
 from bagscope.mil.aggregators.registry import build_aggregator
@@ -90,6 +91,18 @@ def test_a_negative_weight_is_shown_as_the_least() -> None:
     assert bool((weights[5:61] < 0).any())
     scores = model(Bags.of([x])).scores[:, 0]
     assert torch.equal(scores[4:] == math.log(LEAST_SHARE), weights[5:61] * 60 <= LEAST_SHARE)
+
+
+def test_queries_and_keys_made_again_give_the_same() -> None:
+    model, bags = model_of(dropout=0.0), Bags.of([normal(30, 12), normal(7, 12, seed=1)])
+    found = []
+    for most_bytes in (0, 1 << 30):
+        with keeping(most_bytes):
+            logits = model(bags).logits
+            grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        found.append([logits, *grads])
+    for again, kept in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept)
 
 
 def test_the_second_layer_s_score_is_its_own() -> None:
