@@ -9,14 +9,17 @@ The blocks stand in ilra_layers.py.
 
 from __future__ import annotations
 
+from functools import partial
+
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from bagscope.errors import ConfigError
 from bagscope.mil.aggregators.ilra_layers import GAB, GatedAttentionBlock
 from bagscope.mil.aggregators.layers import draw_seed, dropped
 from bagscope.mil.aggregators.query_scores import log_mean_weight
 from bagscope.mil.aggregators.registry import Aggregator, register
+from bagscope.mil.aggregators.rolling import rolled_back
 from bagscope.mil.aggregators.set_layers import learned_rows
 from bagscope.mil.bags import BagOutput, Bags
 from bagscope.specs import Spec
@@ -66,14 +69,7 @@ class ILRA(Aggregator):
 
     def forward(self, bags: Bags) -> BagOutput:
         """Return the logits, and those of several seeds as branches; tiles know of others."""
-        borders = bags.cu_seqlens
-        # In full precision: gates multiply, so each block would enlarge what narrow products lose.
-        h = bags.features.to(self.seeds.dtype)
-        for use, block in enumerate(self.blocks):
-            h = block(h, borders)
-            if self.training and self.dropout:
-                h = dropped(h, self.dropout, draw_seed(bags, use))
-        z, log_weights = self.pooling.gather(self.seeds, h, borders)
+        z, log_weights = self.pooling.gather(self.seeds, self._layers(bags)[-1], bags.cu_seqlens)
         branches = self.classifier(z)
         return BagOutput(
             logits=branches.mean(1),
@@ -82,3 +78,26 @@ class ILRA(Aggregator):
             score_kind="log_weight",
             branch_logits=branches if branches.shape[1] > 1 else None,
         )
+
+    def rollout(self, bags: Bags) -> Tensor:
+        """Return attention rollout (T,) from the seeds, gates left out; see `rolling`."""
+        *before, last = self._layers(bags)
+        _, log_weights = self.pooling.gather(self.seeds, last, bags.cu_seqlens)
+        products = []
+        for block, x in zip(self.blocks, before, strict=True):
+            assert isinstance(block, GAB)
+            products.append(partial(block.pulled, x, bags.cu_seqlens))
+        found = rolled_back(log_weights.exp().mean(1), products)
+        assert found is not None, "every product is known"
+        return found
+
+    def _layers(self, bags: Bags) -> list[Tensor]:
+        """Return what each block, and then the pooling, is given: tiles (T, ·)."""
+        # In full precision: gates multiply, so each block would enlarge what narrow products lose.
+        found = [bags.features.to(self.seeds.dtype)]
+        for use, block in enumerate(self.blocks):
+            h = block(found[-1], bags.cu_seqlens)
+            if self.training and self.dropout:
+                h = dropped(h, self.dropout, draw_seed(bags, use))
+            found.append(h)
+        return found

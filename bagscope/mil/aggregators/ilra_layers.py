@@ -22,6 +22,7 @@ from torch.nn import functional
 from bagscope.kernels.linear_attention.agent import ask_agents
 from bagscope.kernels.segment_softmax_pool import segment_softmax_pool
 from bagscope.kernels.segments import bag_of_tile
+from bagscope.mil.aggregators.rolling import pulled_through, pulled_to_tiles
 from bagscope.mil.aggregators.set_layers import learned_rows
 
 _COLUMNS = 16
@@ -95,6 +96,17 @@ class GatedAttentionBlock(nn.Module):
         found = ask_agents(self._split(asked), self._split(keys), self._split(told), cu_seqlens)
         return self._finish(q, self.inner_out(found.flatten(1)), x)
 
+    def pulled_to_rows(
+        self, x: Tensor, rows: Tensor, cu_seqlens: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Return what tiles' weights (T,) become on the rows that `tell` reads: (B, m)."""
+        (weight_q, weight_k, _), (bias_q, bias_k, _) = self._inner()
+        keys = self._split(functional.linear(self.key(rows), weight_k, bias_k))
+        asked = self._split(functional.linear(self.query(x), weight_q, bias_q))
+        return pulled_through(
+            lambda values: ask_agents(asked, keys, values, cu_seqlens), weights, keys
+        )
+
     def _inner(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return weights and biases of the multi-head attention's q, k and v."""
         return self.inner.weight.chunk(3), self.inner.bias.chunk(3)
@@ -133,3 +145,10 @@ class GAB(nn.Module):
         """Return (T, width) of tiles (T, features)."""
         rows = self.forth.gather(self.latent, x, cu_seqlens).rows
         return self.back.tell(x, rows, cu_seqlens)
+
+    def pulled(self, x: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
+        """Return weights (T,) of what tiles learn as those of whom they learn it; see `rolling`."""
+        rows, log_weights = self.forth.gather(self.latent, x, cu_seqlens)
+        on_rows = self.back.pulled_to_rows(x, rows, cu_seqlens, weights)
+        asked = log_weights.exp().view(len(x), len(self.latent), -1)
+        return pulled_to_tiles(on_rows, asked, cu_seqlens)

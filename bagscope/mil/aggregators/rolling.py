@@ -3,9 +3,10 @@
     R = p · Π_l (½ A_l + ½ I)            l from the last layer to the first
 
 p is how the pooling weighs the rows behind the last layer, A_l how rows of layer l weigh those
-before it (mean over heads, rows adding up to 1), and ½ I the residual stream. The matrices are
-never there: the row p is pulled back through one layer after the other, as wᵀA. That costs what the
-layer's own way back costs, and memory in proportion to the bag.
+before it (mean over heads, rows adding up to 1), and ½ I the residual stream. Where tiles learn of
+each other through a few rows, A_l is the product of both attentions. The matrices are never there:
+the row p is pulled back through one layer after the other, as wᵀA. That costs what the layer's own
+way back costs, and memory in proportion to the bag.
 """
 
 from __future__ import annotations
@@ -49,24 +50,36 @@ def shares_of(weights: Tensor, cu_seqlens: Tensor) -> Tensor:
 def pulled_through(
     attend: Callable[[Tensor], Tensor], weights: Tensor, like: Tensor, *, adds_up: bool = True
 ) -> Tensor:
-    """Return Σ_i w_i A_ij (T,), the mean over heads, of attention that is linear in its values.
+    """Return Σ_i w_i A_ij (m,), the mean over heads, of attention that is linear in its values.
 
     That is the gradient of Σ_i w_i (A v)_i with respect to values v of width 1: as cheap as the
     attention's own way back, without a matrix of all pairs.
 
     Args:
-        attend: v (T, H, dv) to A v.
+        attend: v (m, H, dv) to A v (T, H, dv); m are the tiles, or B bags' few rows (B, m).
         weights: (T,).
-        like: (T, H, d), for heads, dtype and device.
+        like: (m, H, d), for rows, heads, dtype and device.
         adds_up: whether the rows of A add up to 1; they are divided by their sums if not.
     """
     with torch.enable_grad():
-        values = like.new_zeros(*like.shape[:2], 1).requires_grad_()
+        values = like.new_zeros(*like.shape[:-1], 1).requires_grad_()
         out = attend(values)
-        share = weights.to(out.dtype)[:, None, None].expand_as(out) / like.shape[1]
+        share = weights.to(out.dtype)[:, None, None].expand_as(out) / out.shape[1]
         if not adds_up:
             with torch.no_grad():
                 sums = attend(torch.ones_like(values))
                 share = torch.where(sums > 0, share / sums, 0.0)
         (found,) = torch.autograd.grad(out, values, share.contiguous())
-    return found.sum((1, 2)).to(weights.dtype)
+    return found.sum((-2, -1)).to(weights.dtype)
+
+
+def pulled_to_tiles(weights: Tensor, of_tiles: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return Σ_i w_i A_it (T,), the mean over heads, of attention from few rows to a bag's tiles.
+
+    Args:
+        weights: (B, m).
+        of_tiles: (T, m, H), A_it of each tile; over a bag they add up to 1.
+        cu_seqlens: (B + 1,) int32.
+    """
+    bag = bag_of_tile(cu_seqlens, len(of_tiles))
+    return (weights[bag] * of_tiles.mean(-1).to(weights.dtype)).sum(1)

@@ -21,6 +21,7 @@ from bagscope.kernels.linear_attention.agent import ask_agents
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
 from bagscope.mil.aggregators.layers import in_parts, linear
 from bagscope.mil.aggregators.query_scores import log_weights, query_scores
+from bagscope.mil.aggregators.rolling import pulled_through, pulled_to_tiles
 
 
 class MAB(nn.Module):
@@ -67,6 +68,25 @@ class MAB(nn.Module):
         )
         return self._finish(q, found)
 
+    def pulled_to_rows(
+        self, x: Tensor, rows: Tensor, cu_seqlens: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Return what tiles' weights (T,) become on the rows that `tell` reads: (B, m)."""
+        q, k = self._split(linear(x, self.fc_q)), self._split(linear(rows, self.fc_k))
+        return pulled_through(
+            lambda values: ask_agents(q, k, values, cu_seqlens, scale=self.scale), weights, k
+        )
+
+    def pulled_between(self, x: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
+        """Return what tiles' weights (T,) become on the tiles that `between_tiles` reads: (T,)."""
+        q, k = self._split(linear(x, self.fc_q)), self._split(linear(x, self.fc_k))
+
+        def attend(values: Tensor) -> Tensor:
+            wide = functional.pad(values, (0, q.shape[-1] - values.shape[-1]))
+            return varlen_self_attention(q, k, wide, cu_seqlens, scale=self.scale)[..., :1]
+
+        return pulled_through(attend, weights, q)
+
     def between_tiles(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return what tiles (T, D) learn of all tiles of their bag: (T, width)."""
         q, k, v = linear(x, self.fc_q), linear(x, self.fc_k), linear(x, self.fc_v)
@@ -111,6 +131,12 @@ class ISAB(nn.Module):
         rows = self.mab0.gather(self.inducing, x, cu_seqlens)
         return self.mab1.tell(x, rows, cu_seqlens)
 
+    def pulled(self, x: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
+        """Return weights (T,) of what tiles learn as those of whom they learn it; see `rolling`."""
+        rows, asked = self.mab0.gather_scored(self.inducing, x, cu_seqlens)
+        on_rows = self.mab1.pulled_to_rows(x, rows.to(x.dtype), cu_seqlens, weights)
+        return pulled_to_tiles(on_rows, asked.exp(), cu_seqlens)
+
 
 class SAB(nn.Module):
     """Tiles learn of each other directly: O(N²) operations, O(N) memory."""
@@ -122,6 +148,10 @@ class SAB(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return (T, width) of tiles (T, features)."""
         return self.mab.between_tiles(x, cu_seqlens)
+
+    def pulled(self, x: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
+        """Return weights (T,) of what tiles learn as those of whom they learn it; see `rolling`."""
+        return self.mab.pulled_between(x, cu_seqlens, weights)
 
 
 class PMA(nn.Module):

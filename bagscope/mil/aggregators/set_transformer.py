@@ -10,16 +10,18 @@ The blocks stand in set_layers.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from bagscope.errors import ConfigError
 from bagscope.kernels.gated_scores.cpu import computing_dtype
 from bagscope.mil.aggregators.layers import draw_seed, dropped
 from bagscope.mil.aggregators.query_scores import log_mean_weight
 from bagscope.mil.aggregators.registry import Aggregator, register
+from bagscope.mil.aggregators.rolling import rolled_back
 from bagscope.mil.aggregators.set_layers import ISAB, MAB, PMA, SAB
 from bagscope.mil.bags import BagOutput, Bags
 from bagscope.specs import Spec
@@ -75,13 +77,7 @@ class SetTransformer(Aggregator):
 
     def forward(self, bags: Bags) -> BagOutput:
         """Return the logits; scores are of tiles that know of others."""
-        borders, narrow = bags.cu_seqlens, computing_dtype(bags.features)
-        h = bags.features
-        for use, block in enumerate(self.encoder):
-            h = block(h.to(narrow), borders)
-            if self.training and self.dropout:
-                h = dropped(h, self.dropout, draw_seed(bags, use))
-        z, weights = self.pooling(h.to(narrow), borders)
+        z, weights = self.pooling(self._layers(bags)[-1], bags.cu_seqlens)
         for block in self.decoder:
             assert isinstance(block, MAB)
             z = block.between_rows(z)
@@ -92,3 +88,26 @@ class SetTransformer(Aggregator):
             scores=log_mean_weight(weights),
             score_kind="log_weight",
         )
+
+    def rollout(self, bags: Bags) -> Tensor:
+        """Return attention rollout (T,) from the seeds, which count alike; see `rolling`."""
+        *before, last = self._layers(bags)
+        _, weights = self.pooling(last, bags.cu_seqlens)
+        products = []
+        for block, x in zip(self.encoder, before, strict=True):
+            assert isinstance(block, ISAB | SAB)
+            products.append(partial(block.pulled, x, bags.cu_seqlens))
+        found = rolled_back(weights.exp().mean((1, 2)), products)
+        assert found is not None, "every product is known"
+        return found
+
+    def _layers(self, bags: Bags) -> list[Tensor]:
+        """Return what each block, and then the pooling, is given: tiles (T, ·)."""
+        narrow = computing_dtype(bags.features)
+        found = [bags.features.to(narrow)]
+        for use, block in enumerate(self.encoder):
+            h = block(found[-1], bags.cu_seqlens)
+            if self.training and self.dropout:
+                h = dropped(h, self.dropout, draw_seed(bags, use))
+            found.append(h.to(narrow))
+        return found

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from bagscope.mil.aggregators.ilra_layers import GAB, GatedAttentionBlock
 from bagscope.mil.aggregators.registry import build_aggregator
+from bagscope.mil.aggregators.set_layers import ISAB, MAB, SAB
 from bagscope.mil.aggregators.transmil import Attention, TransMIL
 from bagscope.mil.aggregators.vit import ViT
 from bagscope.mil.bags import Bags
 from bagscope.mil.explain.rollout import tile_rollout
 from bagscope.mil.regimes.embedded import Embedded, EmbeddingSpec
-from tests.kernels.packed import normal
+from tests.kernels.packed import borders, normal
 
 HEADS, LAYERS = 4, 2
 LENGTHS = (23, 1, 12, 3)
@@ -154,6 +156,73 @@ def test_it_is_the_dense_product(mixer: str, pooling: str) -> None:
     for bag, (start, stop) in enumerate(pairwise(bags.cu_seqlens.tolist())):
         with torch.no_grad():
             wanted = dense_rollout(model, bags.one(bag))
+        np.testing.assert_allclose(found[start:stop], wanted, rtol=1e-9, atol=1e-12)
+        assert found[start:stop].sum() == pytest.approx(1, abs=1e-6)
+
+
+def set_weights(block: nn.Module, x: Tensor) -> Tensor:
+    """Return how tiles (N, ·) of a Set Transformer's block weigh each other, (N, N)."""
+
+    def of(mab: MAB, queries: Tensor, keys: Tensor) -> Tensor:
+        q, k = heads_first(mab.fc_q(queries)), heads_first(mab.fc_k(keys))
+        return torch.softmax(q @ k.mT / mab.fc_q.out_features**0.5, -1).mean(0)
+
+    if isinstance(block, SAB):
+        return of(block.mab, x, x)
+    assert isinstance(block, ISAB)
+    rows = block.mab0.gather(block.inducing, x, borders((len(x),)))[0]
+    return of(block.mab1, x, rows) @ of(block.mab0, block.inducing, x)
+
+
+def low_rank_weights(block: nn.Module, x: Tensor) -> Tensor:
+    """Return how tiles (N, ·) of a block of ILRA weigh each other, (N, N)."""
+
+    def of(attention: GatedAttentionBlock, queries: Tensor, keys: Tensor) -> Tensor:
+        inner = nn.MultiheadAttention(attention.inner_out.in_features, attention.heads).double()
+        with torch.no_grad():
+            inner.in_proj_weight.copy_(attention.inner.weight)
+            inner.in_proj_bias.copy_(attention.inner.bias)
+        k = attention.key(keys)
+        return inner(attention.query(queries), k, k)[1]
+
+    assert isinstance(block, GAB)
+    rows = block.forth.gather(block.latent, x, borders((len(x),))).rows[0]
+    return of(block.back, x, rows) @ of(block.forth, block.latent, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("set_transformer", {"inducing": 5, "blocks": 2}),
+        ("set_transformer", {"inducing": 3, "blocks": 3, "seeds": 2, "layer_norm": True}),
+        ("set_transformer", {"attention": "full"}),
+        ("ilra", {"rank": 1}),
+        ("ilra", {"rank": 3, "seeds": 2, "layers": 3}),
+    ],
+    ids=str,
+)
+def test_it_is_the_dense_product_through_few_rows(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = build_aggregator(name, 12, 2, {"hidden": 16, "heads": HEADS, **options})
+    model = model.double().eval()
+    layers, weigh = (
+        (model.encoder, set_weights)
+        if name == "set_transformer"
+        else (model.blocks, low_rank_weights)
+    )
+    assert isinstance(layers, nn.ModuleList)
+    bags = bags_of()
+    found = tile_rollout(model, bags)
+    assert found is not None
+    for bag, (start, stop) in enumerate(pairwise(bags.cu_seqlens.tolist())):
+        with torch.no_grad():
+            one = bags.one(bag)
+            wanted = torch.softmax(model(one).scores[:, 0], 0)
+            inputs = [one.features]
+            for layer in layers:
+                inputs.append(layer(inputs[-1], one.cu_seqlens))
+            for layer, x in reversed(list(zip(layers, inputs[:-1], strict=True))):
+                wanted = (wanted + wanted @ weigh(layer, x)) / 2
         np.testing.assert_allclose(found[start:stop], wanted, rtol=1e-9, atol=1e-12)
         assert found[start:stop].sum() == pytest.approx(1, abs=1e-6)
 
