@@ -27,6 +27,7 @@ from bagscope.kernels.segments import bag_of_tile
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
 from bagscope.mil.aggregators.layers import in_parts, linear
 from bagscope.mil.aggregators.mamba import Way
+from bagscope.mil.aggregators.rolling import pulled_through
 
 _EPS = 1e-8
 _BLOCK = 32
@@ -46,12 +47,29 @@ class RegionAttention(nn.Module):
 
     def forward(self, x: Tensor, regions: Way) -> Tensor:
         """Return (T, hidden) of tiles (T, hidden) in regions."""
+        q, k, v = self._asked(x, regions)
+        found = varlen_self_attention(q, k, v, regions.borders).flatten(1)
+        return linear(found[regions.places], self.proj)
+
+    def pulled(self, x: Tensor, regions: Way, weights: Tensor) -> Tensor:
+        """Return weights (T,) of what tiles learn as those of whom they learn it; see `rolling`."""
+        q, k, v = self._asked(x, regions)
+
+        def attend(values: Tensor) -> Tensor:
+            wide = functional.pad(values, (0, v.shape[-1] - values.shape[-1]))
+            return varlen_self_attention(q, k, wide, regions.borders)[..., :1]
+
+        # Places that no tile stands for ask for nothing, and what falls on them is lost.
+        asking = weights.new_zeros(len(q)).index_copy(0, regions.places, weights)
+        return pulled_through(attend, asking, v)[regions.places]
+
+    def _asked(self, x: Tensor, regions: Way) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (P, H, d) of the places in regions."""
         parts = linear(regions.along(x), self.qkv).chunk(3, 1)
         q, k, v = (in_parts(part, self.heads) for part in parts)
         if self.epeg is not None:
             q = q + convolved(q, self.epeg.to(q.dtype), regions.borders)
-        found = varlen_self_attention(q, k, v, regions.borders).flatten(1)
-        return linear(found[regions.places], self.proj)
+        return q, k, v
 
 
 class CrossRegionAttention(nn.Module):
@@ -67,28 +85,54 @@ class CrossRegionAttention(nn.Module):
 
     def forward(self, x: Tensor, regions: Way, bags: int) -> Tensor:
         """Return (T, hidden) of tiles (T, hidden) in regions of so many bags."""
-        rows = regions.along(x)
-        logits = (rows @ self.phi.to(rows.dtype)).to(self.phi.dtype)
-        pooled = segment_softmax_pool(logits, rows, regions.borders).pooled
-        told = self._between(pooled.view(bags, -1, *pooled.shape[1:]), regions.borders.diff() > 0)
+        rows, logits = self._logits(x, regions)
+        between, v = self._between(rows, logits, regions, bags)
+        told: Tensor = self.proj((between @ v).permute(0, 3, 1, 2, 4).flatten(3))
         told = in_parts(told.flatten(0, 1), self.heads).transpose(1, 2)
+        found = self._told(logits, told, regions)
+        return found.flatten(1)[regions.places]
+
+    def pulled(self, x: Tensor, regions: Way, bags: int, weights: Tensor) -> Tensor:
+        """Return weights (T,) of what tiles learn as those of whom they learn it; see `rolling`."""
+        rows, logits = self._logits(x, regions)
+        between, _ = self._between(rows, logits, regions, bags)
+
+        def attend(values: Tensor) -> Tensor:
+            own = segment_softmax_pool(logits, regions.along(values[..., 0]), regions.borders)
+            few = own.pooled.view(bags, -1, *own.pooled.shape[1:]).permute(0, 2, 3, 1)
+            told = (between @ few[..., None]).squeeze(-1).permute(0, 3, 2, 1).flatten(0, 1)
+            return self._told(logits, told[..., None], regions)[regions.places]
+
+        like = x.new_empty(len(x), self.heads, 1, dtype=logits.dtype)
+        return pulled_through(attend, weights, like, adds_up=False)
+
+    def _logits(self, x: Tensor, regions: Way) -> tuple[Tensor, Tensor]:
+        """Return the places' rows (P, hidden), and x φ of them (P, n)."""
+        rows = regions.along(x)
+        return rows, (rows @ self.phi.to(rows.dtype)).to(self.phi.dtype)
+
+    def _between(
+        self, rows: Tensor, logits: Tensor, regions: Way, bags: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return how representatives weigh those of regions that exist, and their values.
+
+        (B, n, H, g², g²), and (B, n, H, g², d).
+        """
+        pooled = segment_softmax_pool(logits, rows, regions.borders).pooled
+        parts = self.qkv(pooled.view(bags, -1, *pooled.shape[1:])).chunk(3, 3)
+        q, k, v = (in_parts(part, self.heads).permute(0, 2, 3, 1, 4) for part in parts)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        is_there = (regions.borders.diff() > 0).view(bags, 1, 1, 1, -1)
+        return scores.masked_fill(~is_there, -torch.inf).softmax(-1), v
+
+    def _told(self, logits: Tensor, told: Tensor, regions: Way) -> Tensor:
+        """Return what places (P, H, d) take of their region's representatives (B·g², H, n, d)."""
         weights = logits.softmax(1) * min_max(logits, regions.borders)
-        found = ask(
+        return ask(
             weights[:, None].expand(-1, self.heads, -1).contiguous(),
             told.contiguous(),
             regions.borders,
         )
-        return found.flatten(1)[regions.places]
-
-    def _between(self, rows: Tensor, is_there: Tensor) -> Tensor:
-        """Return what representatives (B, g², n, hidden) learn of those of regions that exist."""
-        parts = self.qkv(rows).chunk(3, 3)
-        q, k, v = (in_parts(part, self.heads).permute(0, 2, 3, 1, 4) for part in parts)
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        is_there = is_there.view(len(rows), 1, 1, 1, -1)
-        weights = scores.masked_fill(~is_there, -torch.inf).softmax(-1)
-        found: Tensor = self.proj((weights @ v).permute(0, 3, 1, 2, 4).flatten(3))
-        return found
 
 
 def convolved(q: Tensor, taps: Tensor, borders: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ R-MSA and CR-MSA stand in region_layers.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from bagscope.errors import ConfigError
 from bagscope.kernels.gated_attention_pool import PooledBags, gated_attention_pool
+from bagscope.kernels.segments import bag_of_tile
 from bagscope.mil.aggregators.gated_attention import Gate
 from bagscope.mil.aggregators.layers import Activation, Projection, draw_seed, xavier
 from bagscope.mil.aggregators.mamba import Way
@@ -29,7 +31,8 @@ from bagscope.mil.aggregators.region_layers import (
     stored_regions,
 )
 from bagscope.mil.aggregators.registry import Aggregator, register
-from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
+from bagscope.mil.aggregators.rolling import Product, rolled_back, shares_of
+from bagscope.mil.bags import BagOutput, Bags, PoolingTerms, segment_softmax
 from bagscope.specs import Spec
 
 
@@ -135,15 +138,37 @@ class RRT(Aggregator):
             bias=self.classifier.bias,
         )
 
-    def _hidden(self, bags: Bags) -> Tensor:
-        """Return tiles embedded anew (T, hidden), float32, in the order of the bags."""
+    def rollout(self, bags: Bags) -> Tensor:
+        """Return attention rollout (T,) from the pooling through the regions; see `rolling`."""
+        products: list[Product] = []
+        last = self._pooled(self._hidden(bags, products), bags).scores[:, 0]
+        bag = bag_of_tile(bags.cu_seqlens, len(last))
+        weights = segment_softmax(last[:, None], bag, len(bags))[:, 0]
+        found = rolled_back(weights, products)
+        assert found is not None, "every product is known"
+        if self.options.shortcut:
+            found = (found + weights) / 2
+        return shares_of(found, bags.cu_seqlens)
+
+    def _hidden(self, bags: Bags, products: list[Product] | None = None) -> Tensor:
+        """Return tiles embedded anew (T, hidden), float32, in the order of the bags.
+
+        What each layer does to weights on their way back is added to `products`.
+        """
         h = self.projection(bags.features, draw_seed(bags) if self.training else 0)
         narrow, h = h.dtype, h.to(self.norm.weight.dtype)
         embedded, regions = h, self._regions(bags)
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            h = h + mixer(norm(h).to(narrow), regions)
+            assert isinstance(mixer, RegionAttention)
+            x = norm(h).to(narrow)
+            h = h + mixer(x, regions)
+            if products is not None:
+                products.append(partial(mixer.pulled, x, regions))
         if self.cross is not None and self.cross_norm is not None:
-            h = h + self.cross(self.cross_norm(h).to(narrow), regions, len(bags))
+            x = self.cross_norm(h).to(narrow)
+            h = h + self.cross(x, regions, len(bags))
+            if products is not None:
+                products.append(partial(self.cross.pulled, x, regions, len(bags)))
         if self.options.shortcut:
             h = h + embedded
         found: Tensor = self.norm(h)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bagscope.mil.aggregators.ilra_layers import GAB, GatedAttentionBlock
+from bagscope.mil.aggregators.region_layers import RegionAttention
 from bagscope.mil.aggregators.registry import build_aggregator
+from bagscope.mil.aggregators.rrt import RRT
 from bagscope.mil.aggregators.set_layers import ISAB, MAB, SAB
 from bagscope.mil.aggregators.transmil import Attention, TransMIL
 from bagscope.mil.aggregators.vit import ViT
@@ -225,6 +227,75 @@ def test_it_is_the_dense_product_through_few_rows(name: str, options: dict[str, 
                 wanted = (wanted + wanted @ weigh(layer, x)) / 2
         np.testing.assert_allclose(found[start:stop], wanted, rtol=1e-9, atol=1e-12)
         assert found[start:stop].sum() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"faithful_pads": True}, {"shortcut": True, "layers": 2}, {"representatives": 0}],
+    ids=str,
+)
+def test_it_is_the_dense_product_of_regions(options: dict[str, Any]) -> None:
+    """A layer's matrix, from what it makes of tiles whose values are told apart one by one."""
+    torch.manual_seed(0)
+    small = {"hidden": 16, "heads": HEADS, "cross_heads": 2, "regions": 2, "epeg": 3}
+    model = build_aggregator("rrt", 12, 2, {**small, **options}).double().eval()
+    assert isinstance(model, RRT)
+    bags = bags_of((23, 12))
+    found = tile_rollout(model, bags)
+    assert found is not None
+    for bag, (start, stop) in enumerate(pairwise(bags.cu_seqlens.tolist())):
+        with torch.no_grad():
+            one = bags.one(bag)
+            pooled = torch.softmax(model(one).scores[:, 0], 0)
+            wanted = pooled
+            for matrix in reversed(region_matrices(model, one)):
+                wanted = (wanted + wanted @ matrix) / 2
+            if model.options.shortcut:
+                wanted = (wanted + pooled) / 2
+        np.testing.assert_allclose(found[start:stop], wanted / wanted.sum(), rtol=1e-9, atol=1e-12)
+
+
+def region_matrices(model: RRT, bags: Bags) -> list[Tensor]:
+    """Return how tiles (N, N) of one bag weigh each other in every layer, region by region."""
+    regions, found = model._regions(bags), []
+    h = model.projection(bags.features)
+    of_place = torch.full((len(regions.rows),), -1)
+    of_place[regions.places] = torch.arange(len(h))
+    inside = [slice(a, b) for a, b in pairwise(regions.borders.tolist()) if b > a]
+    for norm, mixer in zip(model.norms, model.mixers, strict=True):
+        assert isinstance(mixer, RegionAttention)
+        x = norm(h)
+        q, k, _ = mixer.qkv(regions.along(x)).chunk(3, 1)
+        whole = torch.zeros(len(q), len(q), dtype=q.dtype)
+        for own in inside:
+            scores = heads_first(q[own]) @ heads_first(k[own]).mT * (16 // HEADS) ** -0.5
+            assert mixer.epeg is not None
+            # A convolution along the queries, of every head and key by itself.
+            kernel = mixer.epeg[:, None, :, None]
+            scores = (
+                scores + functional.conv2d(scores[None], kernel, padding=(1, 0), groups=HEADS)[0]
+            )
+            whole[own, own] = scores.softmax(-1).mean(0)
+        found.append(whole[regions.places][:, regions.places])
+        h = h + mixer(x, regions)
+    if model.cross is None or model.cross_norm is None:
+        return found
+    x = regions.along(model.cross_norm(h))
+    logits = x @ model.cross.phi
+    take = torch.stack([torch.zeros(len(x), logits.shape[1]).double()] * len(inside))
+    give = take.clone()
+    for number, own in enumerate(inside):
+        mine = logits[own]
+        take[number, own] = mine.softmax(0)
+        least, most = mine.amin(0), mine.amax(0)
+        give[number, own] = mine.softmax(1) * (mine - least) / (most - least + 1e-8)
+    rows = torch.einsum("rpn,pc->rnc", take, x)
+    q, k, _ = (part.unflatten(-1, (2, -1)) for part in model.cross.qkv(rows).chunk(3, -1))
+    between = torch.einsum("rnhd,snhd->nhrs", q, k).mul(8**-0.5).softmax(-1)
+    each = torch.einsum("rpn,nhrs,son->hpo", give, between, take)
+    each = each[:, regions.places][..., regions.places]
+    sums = each.sum(-1, keepdim=True)
+    return [*found, torch.where(sums > 0, each / sums, 0.0).mean(0)]
 
 
 def nystrom_weights(q: Tensor, k: Tensor, landmarks: int) -> Tensor:
