@@ -16,8 +16,8 @@ PACKAGE = Path(bagscope.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from rooms before it, and from itself.
 ROOMS = (
-    "errors", "arithmetic", "kernels", "artifacts", "specs", "cohort", "wsi", "features", "mil",
-    "heatmaps",
+    "errors", "wording", "arithmetic", "kernels", "artifacts", "specs", "cohort", "wsi", "features",
+    "mil", "heatmaps",
 )  # fmt: skip
 TOP = (*ROOMS, "pipeline", "cli")
 HEAVY = ("torch", "scipy", "cv2", "pandas", "numpy", "h5py")

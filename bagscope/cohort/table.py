@@ -17,6 +17,7 @@ from bagscope.artifacts import portable_name_problem
 from bagscope.cohort.cells import TABLE_SUFFIXES, Cells, Row, read_cells, refuse
 from bagscope.cohort.discover import find_slides, is_slide_name, slide_ids_of
 from bagscope.errors import CohortError
+from bagscope.wording import listed
 
 MIN_MPP = 0.08
 MAX_MPP = 25.0
@@ -24,7 +25,6 @@ REQUIRED_COLUMNS = ("slide_id", "path")
 OPTIONAL_COLUMNS = ("patient_id", "mpp", "split", "roi", "site")
 
 _OWN_COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
-_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +149,7 @@ def _from_table(cells: Cells) -> Cohort:
     given = "patient_id" in cells.columns
     empty = [row for row in cells.rows if given and not row.cells["patient_id"].strip()]
     if empty and len(empty) < len(rows):
-        where = _listed([f"row {row.number}" for row in empty])
+        where = listed([f"row {row.number}" for row in empty])
         notes.append(
             f"{cells.path.name}: patient_id is empty in {where}; each of these slides counts as a "
             "patient of its own"
@@ -313,21 +313,16 @@ def _joined(cohort: Cohort, clinical: Cells) -> Cohort:
         row.slide_id for row, value in zip(cohort.rows, keys, strict=True) if value not in by_key
     ]
     if without:
-        notes.append(f"{_listed(without)}: in the cohort, but not in {name}; without its labels")
+        notes.append(f"{listed(without)}: in the cohort, but not in {name}; without its labels")
     unused = sorted(by_key.keys() - set(keys))
     if unused:
-        notes.append(f"{name}: {_listed(unused)} not in the cohort; left out")
+        notes.append(f"{name}: {listed(unused)} not in the cohort; left out")
     notes += _spelling_notes((row for row in rows if row.slide_id not in without), added)
     return replace(cohort, rows=rows, columns=(*cohort.columns, *added), notes=tuple(notes))
 
 
 def _cells_of(row: Row | None, columns: Iterable[str]) -> dict[str, str]:
     return {name: "" if row is None else row.cells[name] for name in columns}
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
 
 
 def _resolved(folder: Path, path: Path) -> Path:

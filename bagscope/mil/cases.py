@@ -21,9 +21,9 @@ from bagscope.mil.targets import (
     read_value,
     resolve_classes,
 )
+from bagscope.wording import MOST_LISTED, listed
 
 Per = Literal["slide", "patient"]
-_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,12 +153,6 @@ def slides_of(cases: Iterable[Case]) -> set[str]:
     return {slide_id for case in cases for slide_id in case.slide_ids}
 
 
-def listed(names: Sequence[str], most: int = _LISTED) -> str:
-    """Return names separated by commas, the first of them where there are many."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
 def _cells(row: SlideRow) -> dict[str, str]:
     return {**row.columns, "site": row.site}
 
@@ -272,5 +266,5 @@ def _notes(cohort: Cohort, left_out: Mapping[str, str]) -> tuple[str, ...]:
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CohortError("\n  ".join(problems[:_LISTED]) + more)
+        more = f"\n  and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        raise CohortError("\n  ".join(problems[:MOST_LISTED]) + more)

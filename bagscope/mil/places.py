@@ -6,9 +6,9 @@ import numpy as np
 
 from bagscope.errors import ConfigError
 from bagscope.mil.aggregators.registry import Aggregator
-from bagscope.mil.cases import listed
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.sources import BagSource
+from bagscope.wording import listed
 
 _NO_ROWS = np.zeros(0, np.int64)
 """A bag of no rows says which places its tiles have, and no vector is read for it."""

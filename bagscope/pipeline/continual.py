@@ -22,7 +22,7 @@ from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.errors import ConfigError
-from bagscope.mil.cases import Case, CaseTable, listed
+from bagscope.mil.cases import Case, CaseTable
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.recipes import load_recipe
@@ -30,6 +30,7 @@ from bagscope.pipeline.study import Study, available_cores, read_yaml
 from bagscope.pipeline.tile import run_options
 from bagscope.pipeline.train import TrainRequest, worker_count
 from bagscope.specs import Spec, parse_spec
+from bagscope.wording import listed
 
 if TYPE_CHECKING:
     from bagscope.mil.continual.sequence import Way

@@ -24,7 +24,7 @@ from sklearn.base import (  # type: ignore[import-untyped]
 from sklearn.utils.validation import check_is_fitted  # type: ignore[import-untyped]
 
 from bagscope.features.store import FeatureStore
-from bagscope.mil.cases import Case, CaseTable, listed
+from bagscope.mil.cases import Case, CaseTable
 from bagscope.mil.evaluation.survival import concordance
 from bagscope.mil.member import Member
 from bagscope.mil.recipe import TrainSpec
@@ -34,6 +34,7 @@ from bagscope.mil.targets import TargetSpec
 from bagscope.mil.training.finishing import finish
 from bagscope.mil.training.trainer import Trainer
 from bagscope.pipeline.recipes import laid_over, load_recipe
+from bagscope.wording import listed
 
 Array = NDArray[Any]
 _NAME = "y"

@@ -19,7 +19,7 @@ from bagscope.artifacts import Json
 from bagscope.errors import ArtifactError, ConfigError, SchemaError
 from bagscope.mil.baseline_table import BaselineAnswers, read_baselines, write_baselines
 from bagscope.mil.baselines import BASELINES, baseline_answers, label_of, vectors_of
-from bagscope.mil.cases import Case, CaseTable, cases_of, listed
+from bagscope.mil.cases import Case, CaseTable, cases_of
 from bagscope.mil.evaluation.answers import Answers
 from bagscope.mil.evaluation.bootstrap import RESAMPLES, intervals
 from bagscope.mil.evaluation.metric_list import Scope, metrics_of
@@ -36,6 +36,7 @@ from bagscope.mil.versions import versions
 from bagscope.pipeline.finished_run import FinishedRun, changed_labels, read_run
 from bagscope.pipeline.study import COHORT_NAME, Study, open_study
 from bagscope.pipeline.train_data import find_features
+from bagscope.wording import listed
 from bagscope.wsi.contact_sheet import without_folders
 
 if TYPE_CHECKING:

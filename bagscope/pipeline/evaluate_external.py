@@ -16,7 +16,6 @@ from bagscope.cohort.progress import Reporter
 from bagscope.cohort.table import Cohort
 from bagscope.errors import ConfigError
 from bagscope.mil.bundle import Bundle, MemberPlace
-from bagscope.mil.cases import listed
 from bagscope.mil.evaluation.answers import answers_of, read_predictions
 from bagscope.mil.evaluation.bootstrap import RESAMPLES
 from bagscope.mil.evaluation.scoring import score, subgroups
@@ -25,6 +24,7 @@ from bagscope.mil.report.survival_figures import risk_groups
 from bagscope.mil.versions import versions
 from bagscope.pipeline.evaluate import NUMERICS, EvaluateResult, write_evaluation
 from bagscope.pipeline.predict import PlannedPrediction, PredictRequest, plan_prediction, predict
+from bagscope.wording import listed
 
 METHOD = "external"
 _REASON = "the model's training patients are not in its bundle, and a rival would need them"

@@ -383,7 +383,7 @@ def _donor(request: ExplainRequest, files: Mapping[str, ScoreFile]) -> Donor | N
 
 
 def _unannotated(slides: Sequence[str]) -> str:
-    from bagscope.mil.cases import listed
+    from bagscope.wording import listed
 
     return (
         f"no annotation of {listed(slides)} ({len(slides)}): left out of what is said about "

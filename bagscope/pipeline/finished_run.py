@@ -13,7 +13,7 @@ import numpy as np
 
 from bagscope import artifacts
 from bagscope.errors import ArtifactError, ConfigError
-from bagscope.mil.cases import Per, listed
+from bagscope.mil.cases import Per
 from bagscope.mil.evaluation.answers import (
     Answers,
     PredictionTable,
@@ -30,6 +30,7 @@ from bagscope.mil.targets import TargetSpec
 from bagscope.pipeline.recipes import laid_over
 from bagscope.pipeline.train import PREDICTIONS_NAME, SPLITS_NAME, gathered, read_config
 from bagscope.specs import parse_spec
+from bagscope.wording import listed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,11 @@ from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.cohort.table import Cohort, SlideRow, load_cohort
 from bagscope.errors import BagscopeError, CohortError, ConfigError, FingerprintMismatch
-from bagscope.mil.cases import Case, cases_of, listed
+from bagscope.mil.cases import Case, cases_of
 from bagscope.pipeline.bundle import SCORES_NAME, member_folders, score_one, scoring_threads
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, RunSpec, Study, init_study, open_study
 from bagscope.pipeline.tile import run_options
+from bagscope.wording import listed
 
 if TYPE_CHECKING:
     from bagscope.mil.bundle import Bundle, Choice, MemberPlace

@@ -279,7 +279,7 @@ def _notes(run: ReviewedRun) -> tuple[str, ...]:
     damaged = tuple(f"No heatmap: {said}" for said in run.damaged.values())
     if not run.unpredicted:
         return damaged
-    from bagscope.mil.cases import listed
+    from bagscope.wording import listed
 
     return (
         *damaged,

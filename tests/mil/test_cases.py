@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bagscope.errors import CohortError
-from bagscope.mil.cases import cases_of, listed
+from bagscope.mil.cases import cases_of
 from bagscope.mil.targets import TargetSpec, is_missing
 from tests.mil.splits.tables import GRADE, cohort_of, table_of
 
@@ -120,8 +120,3 @@ def test_a_cohort_without_patients_says_what_that_means() -> None:
     cohort = replace(cohort_of(ROWS), patient_id_given=False)
     notes = cases_of(cohort, (GRADE,), per="slide").notes
     assert any("patient of its own" in note for note in notes)
-
-
-def test_long_lists_are_cut() -> None:
-    assert listed(["a", "b"]) == "a, b"
-    assert listed([str(i) for i in range(12)], 2) == "0, 1 and 10 more"

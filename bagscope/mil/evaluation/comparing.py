@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from bagscope.errors import ConfigError
-from bagscope.mil.cases import listed
 from bagscope.mil.evaluation.answers import Answers
 from bagscope.mil.evaluation.bootstrap import RESAMPLES, Estimate, Statistic, intervals
 from bagscope.mil.evaluation.inputs import FloatArray, IntArray, Value, or_none
@@ -31,6 +30,7 @@ from bagscope.mil.evaluation.paired import (
     paired_bootstrap,
 )
 from bagscope.mil.evaluation.scoring import statistic_of
+from bagscope.wording import listed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bagscope.mil.cases import CaseTable, listed
+from bagscope.mil.cases import CaseTable
 from bagscope.mil.splits.plan import SIDES, Side, Split, SplitPlan, labels_fingerprint
 from bagscope.mil.splits.strata import Patient, needed_classes, patients_of
 from bagscope.mil.targets import TargetSpec
+from bagscope.wording import listed
 
 _SEPARATORS = re.compile(r"[\s_.\-]+")
 _TESTS_EVERY_CASE_ONCE = ("kfold", "site_out", "site_preserving")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from bagscope.cohort.cells import Row, read_cells, refuse
 from bagscope.errors import CohortError
-from bagscope.mil.cases import Case, CaseTable, listed
+from bagscope.mil.cases import Case, CaseTable
 from bagscope.mil.splits.plan import Side
+from bagscope.wording import listed
 
 KEYS = ("case_id", "patient_id", "slide_id")
 WORDS: Mapping[str, Side] = {

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from bagscope.errors import CohortError
-from bagscope.mil.cases import CaseTable, listed
+from bagscope.mil.cases import CaseTable
 from bagscope.mil.splits.checking import examine_splits
 from bagscope.mil.splits.fixed import given_sides
 from bagscope.mil.splits.plan import Side, Split, SplitPlan, SplitSpec, labels_fingerprint
@@ -21,6 +21,7 @@ from bagscope.mil.splits.strata import (
     strata_of,
 )
 from bagscope.mil.targets import TargetSpec
+from bagscope.wording import listed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
