@@ -10,7 +10,7 @@ import torch
 
 from bagscope.errors import ArtifactError, CohortError, ConfigError, SchemaError
 from bagscope.features.store import FeatureStore
-from bagscope.mil.cases import CaseTable, Per, cases_of, listed
+from bagscope.mil.cases import CaseTable, Per, cases_of
 from bagscope.mil.objectives.objective import build_objective
 from bagscope.mil.places import require_places
 from bagscope.mil.recipe import TrainSpec
@@ -21,8 +21,10 @@ from bagscope.mil.splits.files import read_splits, was_edited, write_splits
 from bagscope.mil.splits.making import make_splits
 from bagscope.mil.splits.plan import SplitPlan, SplitSpec
 from bagscope.mil.targets import TargetSpec
+from bagscope.mil.training.trial import require_step
 from bagscope.pipeline.splits import splits_path
 from bagscope.pipeline.study import Study
+from bagscope.wording import listed
 from bagscope.wsi.tiling import tiling_name
 
 
@@ -105,7 +107,8 @@ def require_learnable(
 
     Raises:
         ConfigError: an aggregator or options of it that there are not, or that teach nothing; a
-            plateau to wait for where no inner validation part shows it.
+            weight for a term that the loss does not have; a plateau to wait for where no inner
+            validation part shows it.
         CohortError: a training side whose labels nothing can be learnt from; names the split.
     """
     objective = build_objective(table.targets, recipe.objective)
@@ -115,16 +118,19 @@ def require_learnable(
         model = build_model(recipe, dimension, objective.outputs)
     if source is not None:
         require_places(model, recipe, source)
-    for split in plan.splits:
+    for number, split in enumerate(plan.splits):
         cases = table.chosen(split.train)
         labels = {
             target.name: np.array([case.targets[target.name] for case in cases], np.float64)
             for target in table.targets
         }
         try:
-            objective.fit(labels)
+            fitted = objective.fit(labels)
         except CohortError as error:
             raise CohortError(f"split {split.name}: {error}") from error
+        if number == 0:
+            with torch.random.fork_rng(devices=[]):
+                require_step(model, fitted, labels, dimension)
     blind = [split.name for split in plan.splits if not split.val]
     return _without_inner_part(recipe, blind) if blind else ()
 

@@ -331,8 +331,8 @@ class FittedObjective(Spec):
         if unknown:
             raise ConfigError(
                 f"objective: terms gives a weight to {', '.join(unknown)}, and this aggregator has "
-                f"no such term (there are: {', '.join(sorted(known))}); correct the name, or "
-                "leave it out"
+                f"no such term for these targets (there are: {', '.join(sorted(known))}); correct "
+                "the name, or leave it out"
             )
 
 

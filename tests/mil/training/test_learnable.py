@@ -86,3 +86,49 @@ def test_a_lattice_that_there_is_not_is_refused_before_training(
     )
     with pytest.raises(ConfigError, match=r"places on (the|one) lattice"):
         Trainer(recipe, [TARGET], made_source(6), None, seed=0)
+
+
+CLASSES = CaseTable(
+    cases=tuple(
+        Case(case_id=name, patient_id=name, slide_ids=(name,), targets={"label": (place % 2,)})
+        for place, name in enumerate("abcdef")
+    ),
+    targets=(TARGET,),
+    per="slide",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "told"),
+    [
+        ("abmil", {"terms": {"far": 0.1}}, r"gives a weight to far, .* \(there are: bag\)"),
+        ("mean", {"entropy": {"weight": 0.1}}, "entropy"),
+    ],
+)
+def test_a_term_that_there_is_not_is_refused_before_training(
+    name: str, objective: dict[str, object], told: str
+) -> None:
+    recipe = TrainSpec.model_validate({"aggregator": {"name": name}, "objective": objective})
+    with pytest.raises(ConfigError, match=told):
+        require_learnable(recipe, CLASSES, plan_of(("e",)), DIMENSION)
+
+
+def test_a_term_that_the_targets_leave_no_meaning_to_is_refused_before_training() -> None:
+    clam = {"aggregator": {"name": "clam_sb"}}
+    terms = {"bag": 0.7, "instance": 0.3}
+    recipe = TrainSpec.model_validate({**clam, "objective": {"terms": terms}})
+    require_learnable(recipe, CLASSES, plan_of(("e",)), DIMENSION)
+    recipe = TrainSpec.model_validate({**clam, "objective": {"bins": 2, "terms": terms}})
+    with pytest.raises(ConfigError, match="gives a weight to instance"):
+        require_learnable(recipe, TABLE, plan_of(("e",)), DIMENSION)
+
+
+@pytest.mark.parametrize("regime", ["mixup", "pseudo_bags", "packmil", "mhim", "two_stage"])
+def test_a_step_is_tried_within_every_regime(regime: str) -> None:
+    recipe = made_recipe(regime={"name": regime}, bags={"bags_per_step": 2})
+    require_learnable(recipe, CLASSES, plan_of(("e",)), DIMENSION)
+    wrong = made_recipe(
+        regime={"name": regime}, bags={"bags_per_step": 2}, objective={"terms": {"no": 1.0}}
+    )
+    with pytest.raises(ConfigError, match="gives a weight to no,"):
+        require_learnable(wrong, CLASSES, plan_of(("e",)), DIMENSION)
