@@ -16,6 +16,7 @@ from bagscope.kernels.hashing import hashed
 from bagscope.kernels.segments import bag_of_tile
 from bagscope.mil.aggregators.layers import draw_seed
 from bagscope.mil.bags import Bags
+from bagscope.mil.regimes.draws import ordered, ordered_by_group
 
 
 class Dealt(NamedTuple):
@@ -43,19 +44,13 @@ def deal(bags: Bags, groups: int, *, use: int | None, in_training: bool) -> Deal
         seed = draw_seed(bags, use) if in_training else use
         key = hashed(torch.full((), seed, dtype=torch.int64, device=device))
         own = hashed(key ^ bags.bag_keys)[bag] if in_training else key
-        drawn = within(hashed(own ^ row), bag)
+        drawn = ordered(hashed(own ^ row), bags.cu_seqlens)
         rank = torch.empty_like(rank).scatter_(0, drawn, rank)
     lengths = bags.lengths.long()[:, None]
     sizes = lengths // groups + (torch.arange(groups, device=device) < lengths % groups)
     # How many pseudo-bags end at or before a tile's turn.
     group = (rank[:, None] >= sizes.cumsum(1)[bag]).sum(1)
     return Dealt(bag, group, sizes)
-
-
-def within(keys: Tensor, segment: Tensor) -> Tensor:
-    """Return the rows (T,) by segment, and by rising key in each; ties keep their order."""
-    order = keys.argsort(stable=True)
-    return order[segment[order].argsort(stable=True)]
 
 
 def extremes(keys: Tensor, dealt: Dealt, most: int, *, with_lowest: bool) -> tuple[Tensor, Tensor]:
@@ -71,7 +66,7 @@ def extremes(keys: Tensor, dealt: Dealt, most: int, *, with_lowest: bool) -> tup
         rows (B, G, m or 2 m) and is_there of the same shape.
     """
     sizes = dealt.sizes
-    order = within(-keys, dealt.bag * sizes.shape[1] + dealt.group)
+    order = ordered_by_group(-keys, dealt.bag * sizes.shape[1] + dealt.group)
     stops = sizes.flatten().cumsum(0).view(sizes.shape)[:, :, None]
     starts = stops - sizes[:, :, None]
     turn = torch.arange(most, device=keys.device)

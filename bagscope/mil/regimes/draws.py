@@ -34,6 +34,10 @@ def shuffled(bags: Bags, use: int = 0) -> Tensor:
 
 def ordered(numbers: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the rows (T,) int64 by rising number within each bag; ties keep their order."""
+    return ordered_by_group(numbers, bag_of_tile(cu_seqlens, len(numbers)))
+
+
+def ordered_by_group(numbers: Tensor, group: Tensor) -> Tensor:
+    """Return the rows (T,) by group, and by rising number in each; ties keep their order."""
     order = numbers.argsort(stable=True)
-    bag = bag_of_tile(cu_seqlens, len(numbers))
-    return order[bag[order].argsort(stable=True)]
+    return order[group[order].argsort(stable=True)]
