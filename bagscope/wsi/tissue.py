@@ -27,10 +27,10 @@ from bagscope.wsi.edges import (
 )
 from bagscope.wsi.folds import find_folds
 from bagscope.wsi.glass import Glass, estimate_glass
+from bagscope.wsi.overview import OVERVIEW_MPP
 from bagscope.wsi.pen import find_pen
 
 METHOD = "density-1"
-OVERVIEW_MPP = 8.0
 FINEST_MPP, COARSEST_MPP = 6.0, 11.0
 """Overviews outside this range are brought to `OVERVIEW_MPP` first."""
 

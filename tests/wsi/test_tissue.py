@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bagscope.wsi.overview import OVERVIEW_MPP
 from bagscope.wsi.pen import MAX_PEN
 from bagscope.wsi.tiling import TilingSpec
-from bagscope.wsi.tissue import OVERVIEW_MPP, TissueMap, segment_tissue
+from bagscope.wsi.tissue import TissueMap, segment_tissue
 from tests.wsi.real_slide import real_slide
 
 WHITE = (242.0, 243.0, 240.0)
