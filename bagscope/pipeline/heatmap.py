@@ -15,7 +15,7 @@ from bagscope import artifacts
 from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
-from bagscope.errors import ArtifactError, ConfigError
+from bagscope.errors import ArtifactError, ConfigError, FingerprintMismatch, SchemaError
 from bagscope.heatmaps.choices import (
     DEFAULT_FORMATS,
     FORMATS,
@@ -126,6 +126,7 @@ class PlannedHeatmaps:
         tasks: by slide.
         notes: sentences that the user should see.
         doubted: slides whose heatmaps are not to be believed; each says why.
+        outdated: slides whose heatmaps that are there are of other scores than those of now.
     """
 
     folder: Path
@@ -138,6 +139,7 @@ class PlannedHeatmaps:
     tasks: Mapping[str, HeatmapTask]
     notes: tuple[str, ...]
     doubted: tuple[str, ...]
+    outdated: tuple[str, ...]
 
 
 def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
@@ -221,11 +223,28 @@ def plan_heatmaps(request: HeatmapRequest) -> PlannedHeatmaps:
             and slide_id in files
             and judgement_of(files[slide_id], scale, columns[slide_id].name).warning
         ),
+        outdated=tuple(
+            slide_id
+            for slide_id, one in tasks.items()
+            if slide_id in files and _is_of_other_scores(one.target, files[slide_id])
+        ),
     )
 
 
 def draw_heatmaps(planned: PlannedHeatmaps, request: HeatmapRequest, report: Reporter) -> RunReport:
-    """Draw planned heatmaps; resumes where an earlier call stopped."""
+    """Draw planned heatmaps; resumes where an earlier call stopped.
+
+    Raises:
+        FingerprintMismatch: there are heatmaps of other scores, and they are not to be replaced.
+    """
+    if planned.outdated and not request.overwrite:
+        # Said at once: all of them would be refused slide by slide, each with its hashes.
+        raise FingerprintMismatch(
+            f"{planned.folder}: holds heatmaps of other scores than those of now "
+            f"({len(planned.outdated)} of {len(planned.tasks)}; a newer bagscope, or another "
+            "training, made the scores anew); draw them again with: "
+            f"bagscope heatmap {request.place} --overwrite"
+        )
     pictures = {"png", "svg", "gallery"}.intersection(request.formats)
     modules = (*WORKER_MODULES, *(_PICTURE_MODULES if pictures else ()))
     options = run_options(planned.run, request.shard, "local", preload=modules)
@@ -302,6 +321,14 @@ def score_files(place: Path) -> tuple[dict[str, ScoreFile], dict[str, str]]:
     if len(kinds) > 1 or len(logits) > 1:
         raise ConfigError(f"{folder}: holds scores of different models; predict anew")
     return files, damaged
+
+
+def _is_of_other_scores(target: Path, file: ScoreFile) -> bool:
+    try:
+        fields = artifacts.read_complete(target)["fields"]
+    except SchemaError:
+        return False
+    return bool(fields.get("scores") != artifacts.fingerprint(file.fields))
 
 
 def _names(file: ScoreFile, scale: ScaleName) -> tuple[str, ...]:

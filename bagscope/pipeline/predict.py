@@ -6,6 +6,7 @@ the model's tile size, resolution and encoder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,18 @@ from bagscope.cohort.jobs import Job, RunReport
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.cohort.table import Cohort, SlideRow, load_cohort
-from bagscope.errors import BagscopeError, CohortError, ConfigError, FingerprintMismatch
-from bagscope.mil.cases import Case, cases_of
+from bagscope.errors import (
+    ArtifactError,
+    BagscopeError,
+    CohortError,
+    ConfigError,
+    FingerprintMismatch,
+)
+from bagscope.mil.cases import Case, cases_of, slides_of
 from bagscope.pipeline.bundle import SCORES_NAME, member_folders, score_one, scoring_threads
 from bagscope.pipeline.study import COHORT_NAME, STUDY_NAME, RunSpec, Study, init_study, open_study
 from bagscope.pipeline.tile import run_options
-from bagscope.wording import listed
+from bagscope.wording import counted, listed
 
 if TYPE_CHECKING:
     from bagscope.mil.bundle import Bundle, Choice, MemberPlace
@@ -136,6 +143,7 @@ def plan_prediction(request: PredictRequest, *, write: bool = True) -> PlannedPr
     Raises:
         ConfigError: no model, study or cohort there, or options that do not go together.
         SchemaError: a damaged bundle.
+        FingerprintMismatch: score files of another version are there, and not to be replaced.
     """
     from bagscope.mil.bundle import find_bundle, load_bundle
 
@@ -148,6 +156,8 @@ def plan_prediction(request: PredictRequest, *, write: bool = True) -> PlannedPr
         )
     place = _find_place(request, bundle, write=write)
     cases, notes = _cases(request, bundle, place)
+    if not request.overwrite:
+        _require_same_numerics(place.folder / SCORES_NAME, sorted(slides_of(cases)))
     return PlannedPrediction(bundle=bundle, chosen=chosen, place=place, cases=cases, notes=notes)
 
 
@@ -336,6 +346,28 @@ def _cases(
         dataclasses.replace(case, targets=labels.get(case.case_id, {})) for case in table.cases
     )
     return cases, notes
+
+
+def _require_same_numerics(folder: Path, slide_ids: Sequence[str]) -> None:
+    """Refuse score files of another version at once, not slide by slide."""
+    from bagscope.mil.score_file import read_score_file
+    from bagscope.pipeline.predict_worker import NUMERICS
+
+    there = [path for slide_id in slide_ids if (path := folder / f"{slide_id}.h5").is_file()]
+    versions: list[int] = []
+    for path in there:
+        with contextlib.suppress(ArtifactError):  # a damaged file is made again
+            versions.append(read_score_file(path).fields["numerics"])
+            if versions == [NUMERICS]:
+                return  # the others are of the same run: a long one is not read twice
+    others = sorted({version for version in versions if version != NUMERICS})
+    if others:
+        count = counted(sum(version != NUMERICS for version in versions), "score file")
+        raise FingerprintMismatch(
+            f"{folder}: {count} of version {listed([str(version) for version in others])} there, "
+            f"and this bagscope makes version {NUMERICS}; make them anew with --overwrite, or "
+            "choose another --name"
+        )
 
 
 def _with_features(

@@ -7,6 +7,7 @@ time (`pipeline.review_folder`), `complete.json` last.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from bagscope.artifacts import Json
 from bagscope.cohort.jobs import Job, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
-from bagscope.errors import ConfigError
+from bagscope.errors import ConfigError, FingerprintMismatch, SchemaError
 from bagscope.heatmaps.review.choices import GALLERY_TILES, MAX_PX, QUALITY
 from bagscope.heatmaps.review.folder import ROOT_NAMES, SLIDE_SCRIPT_NAME, SLIDES_NAME
 from bagscope.pipeline.study import RunSpec
 from bagscope.pipeline.tile import run_options
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from bagscope.heatmaps.colours import ColourScale
@@ -177,6 +179,8 @@ def plan_review(request: ReviewRequest) -> PlannedReview:
     if pseudonyms is not None:
         # The cohort's order may say who is who.
         tasks = dict(sorted(tasks.items(), key=lambda item: item[1].key))
+    if not request.overwrite:
+        _require_same_scores(folder, tasks, request.place)
     return PlannedReview(
         folder=folder,
         run=run,
@@ -265,6 +269,23 @@ def _require_same_settings(folder: Path, settings: Mapping[str, Json], *, overwr
                 stored, settings, what=str(folder), remedy="replace it with --overwrite"
             )
             return
+
+
+def _require_same_scores(folder: Path, tasks: Mapping[str, ReviewTask], place: Path) -> None:
+    """Refuse a review of other scores than those of now at once, not slide by slide."""
+    from bagscope.pipeline.review_worker import digest_of_scores
+
+    outdated = 0
+    for task in tasks.values():
+        with contextlib.suppress(SchemaError):
+            fields = artifacts.read_complete(task.target)["fields"]
+            outdated += not fields.get("failed") and fields.get("scores") != digest_of_scores(task)
+    if outdated:
+        raise FingerprintMismatch(
+            f"{folder}: shows other scores than those of now ({outdated} of "
+            f"{counted(len(tasks), 'slide')}; a newer bagscope, or another training, made the "
+            f"scores anew); make the review again with: bagscope review {place} --overwrite"
+        )
 
 
 def _annotations(request: ReviewRequest, run: ReviewedRun) -> Mapping[str, Path]:

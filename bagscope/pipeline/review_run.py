@@ -40,6 +40,7 @@ class ReviewedSlide:
         ood: whether its case is unlike the training bags, None where nobody knows.
         faithfulness: score and warning of its first layer, None where it was not judged.
         first_layer: id of the layer to show first; empty without readable scores.
+        bag: slides whose tiles were in one bag with its own, as far as that is known.
     """
 
     slide_id: str
@@ -52,6 +53,7 @@ class ReviewedSlide:
     ood: bool | None = None
     faithfulness: Json = None
     first_layer: str = ""
+    bag: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,6 +198,8 @@ def _slides(
     folder = place / SCORES_NAME
     rows = {row.slide_id: row for row in study.cohort().rows} if study else {}
     scored = {path.stem for path in folder.glob("[!.]*.h5")}
+    from bagscope.heatmaps.bag_scores import slides_of_bag
+
     found, unpredicted = [], []
     for slide_id in (*rows, *sorted(scored - rows.keys())):
         row, file = rows.get(slide_id), files.get(slide_id)
@@ -220,6 +224,7 @@ def _slides(
                 ood=_ood(file, case),
                 faithfulness=None if file is None or first is None else _judged(file, first),
                 first_layer="" if first is None else first.id,
+                bag=(slide_id,) if file is None else slides_of_bag(file),
             )
         )
     return tuple(found), tuple(unpredicted)

@@ -104,7 +104,7 @@ def review_task(task: ReviewTask) -> StageResult:
     scored = scored_slide(task)
     path = task.slide.path
     there = path is not None and path.exists() and (scored.places is None or scored.places.is_slide)
-    fields = _fields(task, scored, path if there else None)
+    fields = _fields(task, path if there else None)
     stored = _stored(task.target)
     facts: dict[str, Json] = {"tiles": task.slide.tiles}
     if stored is not None and not task.overwrite:
@@ -329,15 +329,14 @@ def _told(what: str, error: Exception, task: ReviewTask) -> tuple[tuple[str, ...
 # --- what was made before -------------------------------------------------------------------
 
 
-def _fields(task: ReviewTask, scored: Scored, slide: Path | None) -> dict[str, Json]:
+def _fields(task: ReviewTask, slide: Path | None) -> dict[str, Json]:
     """Return what the part is made of; hashes, keyed where ids must not be guessed from them."""
     layers = [[kind.id, colours.fields()] for kind, colours in task.colours.items()]
-    seals = [artifacts.stated_seal(path) for path in _score_paths(task, scored)]
     return {
         "stage": "review",
         "numerics": NUMERICS,
         "settings": dict(task.settings),
-        "scores": _hashed(task, seals),
+        "scores": digest_of_scores(task),
         "layers": _hashed(task, [layers, task.slide.first_layer]),
         "annotation": None
         if task.annotation is None
@@ -346,11 +345,10 @@ def _fields(task: ReviewTask, scored: Scored, slide: Path | None) -> dict[str, J
     }
 
 
-def _score_paths(task: ReviewTask, scored: Scored) -> list[Path]:
-    """Return the score file and those of its bag's other slides, as far as they are there."""
-    names = slides_of_bag(scored.file) if scored.file else (task.slide.slide_id,)
-    paths = [task.slide.scores.with_name(f"{name}.h5") for name in names]
-    return [path for path in paths if path.is_file()]
+def digest_of_scores(task: ReviewTask) -> str:
+    """Return the hash of the score file and those of its bag's other slides that are there."""
+    paths = [task.slide.scores.with_name(f"{name}.h5") for name in task.slide.bag]
+    return _hashed(task, [artifacts.stated_seal(path) for path in paths if path.is_file()])
 
 
 def _identity(task: ReviewTask, slide: Path) -> str | None:

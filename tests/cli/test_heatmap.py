@@ -48,6 +48,31 @@ def test_one_bad_slide_stops_no_other_and_running_again_changes_nothing(
     assert leftovers(tmp_path) == []
 
 
+def test_heatmaps_of_older_scores_are_refused_once_and_not_slide_by_slide(
+    bagscope: Command, tmp_path: Path
+) -> None:
+    run = made_study(tmp_path)
+
+    def score(numerics: int) -> None:
+        for slide_id in "abc":
+            case = {"case": slide_id, "slides": {slide_id: "f"}, "numerics": numerics}
+            write_scores(run, slide_id, np.full((12, 1), -np.log(12)), case=case)
+
+    how = ("--formats", "csv", "--workers", 1)
+    score(1)
+    assert bagscope("heatmap", run, *how).code == 0
+    score(2)
+    before = files_of(tmp_path / "heatmaps")
+    ran = bagscope("heatmap", run, *how)
+    assert ran.code == 2
+    assert "holds heatmaps of other scores than those of now (3 of 3; " in ran.err
+    assert ran.err.endswith(f"bagscope heatmap {run} --overwrite")
+    assert "was made differently" not in ran.out + ran.err
+    assert files_of(tmp_path / "heatmaps") == before
+    assert bagscope("heatmap", run, *how, "--overwrite").code == 0
+    assert bagscope("heatmap", run, *how).code == 0
+
+
 def test_a_dry_run_writes_nothing(bagscope: Command, tmp_path: Path) -> None:
     run = made_study(tmp_path)
     write_scores(run, "a", np.full((12, 1), -np.log(12)))

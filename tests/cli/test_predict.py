@@ -21,10 +21,11 @@ from bagscope.mil.cases import Case
 from bagscope.mil.feature_origin import origin_of
 from bagscope.mil.member import load_member, save_member
 from bagscope.mil.prediction import Panel
-from bagscope.mil.score_file import read_score_file
+from bagscope.mil.score_file import read_score_file, write_score_file
 from bagscope.mil.sources import ArraySource, StoreSource
 from bagscope.mil.training.finishing import finish
 from bagscope.mil.training.trainer import Trainer
+from bagscope.pipeline.predict_worker import NUMERICS
 from tests.cli.conftest import Ran, files_of, leftovers
 from tests.features.stored import store_slide
 from tests.mil.made_bags import DIMENSION, TARGET, made_recipe, made_study
@@ -162,6 +163,28 @@ def test_one_bad_slide_never_stops_the_rest(bagscope: Command, trained: Path) ->
     ran = predict(bagscope, trained, "--skip-missing")
     assert ran.code == 1  # the damaged one is no missing one
     assert f"left out, has no features: {slides[1].stem}" in ran.out
+
+
+def test_score_files_of_an_older_version_are_refused_in_one_sentence(
+    bagscope: Command, trained: Path
+) -> None:
+    older = trained / "study" / "predictions" / "r" / "study" / "scores"
+    older.mkdir(parents=True)
+    for path in sorted((trained / "study" / "runs" / "r" / "scores").glob("*.h5"))[:3]:
+        file = read_score_file(path)
+        write_score_file(
+            older / path.name, replace(file, fields={**file.fields, "numerics": NUMERICS - 1})
+        )
+    before = files_of(older)
+    ran = predict(bagscope, trained)
+    assert ran.code == 2
+    assert ran.err.endswith(
+        f"{older}: 3 score files of version {NUMERICS - 1} there, and this bagscope makes version "
+        f"{NUMERICS}; make them anew with --overwrite, or choose another --name"
+    )
+    assert files_of(older) == before
+    assert predict(bagscope, trained, "--name", "elsewhere", "--dry-run").code == 0
+    assert predict(bagscope, trained, "--overwrite", "--dry-run").code == 0
 
 
 @pytest.mark.slow

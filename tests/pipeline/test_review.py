@@ -117,9 +117,12 @@ def test_a_part_is_kept_unless_its_settings_change(tmp_path: Path) -> None:
     assert (picture["width"], picture["downsample"]) == (256, 2)
     # Other scores are another review.
     write_scores(run, "a", np.full((12, 1), -np.log(12)))
-    _, changed = planned_one(run, max_px=300)
+    told_once = r"other scores .*\(1 of 1 slide; .* bagscope review \S+abmil --overwrite$"
+    with pytest.raises(FingerprintMismatch, match=told_once):
+        plan_review(ReviewRequest(place=run, max_px=300))
+    _, changed = planned_one(run, max_px=300, overwrite=True)
     with pytest.raises(FingerprintMismatch, match="scores is"):
-        review_task(changed)
+        review_task(dataclasses.replace(changed, overwrite=False))
     assert planned.folder == tmp_path / "review" / "abmil"
 
 
