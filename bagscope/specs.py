@@ -53,6 +53,11 @@ def _finding(kind: type[Spec], found: Mapping[str, Any]) -> str:
         return f"option {field!r} is missing"
     message = str(found["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if found["type"] == "value_error" and isinstance(found["input"], Mapping):
+        # Said by a block of options as a whole, which names those that it is about.
+        return f"{field}: {message}" if location else message
+    if found["type"] in ("model_type", "dict_type", "mapping_type"):
+        message = "should be a block of options, each with its name"
     return f"{field} is {found['input']!r}: {message}"
 
 

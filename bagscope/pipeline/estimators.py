@@ -135,14 +135,15 @@ class _MILEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no
         return logits, self.member_.predictions(logits)[_NAME]
 
     def _recipe(self) -> TrainSpec:
-        aggregator = {"hidden": self.hidden, "dropout": self.dropout}
-        blocks: dict[str, dict[str, Any]] = {
+        aggregator = _given(hidden=self.hidden, dropout=self.dropout)
+        blocks = {
             "optimiser": _given(lr=self.lr, weight_decay=self.weight_decay),
             "training": _given(epochs=self.epochs),
             "bags": _given(sample_tiles=self.sample_tiles),
-            "aggregator": {"options": _given(**aggregator)},
+            "aggregator": {"options": aggregator} if aggregator else {},
         }
-        settings = laid_over(blocks, self.options or {})
+        given = {name: block for name, block in blocks.items() if block}
+        settings = laid_over(given, self.options or {})
         if isinstance(self.recipe, TrainSpec):
             return TrainSpec.model_validate(laid_over(self.recipe.model_dump(), settings))
         return load_recipe(self.recipe, settings)

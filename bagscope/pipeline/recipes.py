@@ -27,6 +27,9 @@ def recipe_names() -> tuple[str, ...]:
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpec:
     """Return a recipe with options laid over it.
 
+    Where they name another aggregator or regime, nothing is kept of what the recipe sets for its
+    own one.
+
     Args:
         name: of a recipe that comes with bagscope, or a YAML file.
         options: nested as in the file; they win.
@@ -38,7 +41,7 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpe
     from bagscope.mil.regimes.registry import regime_entry
 
     path = _path_of(name)
-    values = laid_over(read_yaml(path), options or {})
+    values = laid_over(_without_renamed(read_yaml(path), options or {}), options or {})
     recipe = parse_spec(TrainSpec, values, where=f"recipe {path.name}")
     aggregator = recipe.aggregator
     parse_spec(
@@ -78,14 +81,26 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def laid_over(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested options with others laid over them."""
+    """Return nested options with others laid over them; an empty block takes the whole one away."""
     found = dict(values)
     for name, value in options.items():
         below = found.get(name)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
+        if value and isinstance(value, Mapping) and isinstance(below, Mapping):
             found[name] = laid_over(below, value)
         else:
             found[name] = value
+    return found
+
+
+def _without_renamed(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe without its aggregator or regime where options name another one."""
+    found = dict(values)
+    for block in ("aggregator", "regime"):
+        own, given = found.get(block), options.get(block)
+        if not (isinstance(own, Mapping) and isinstance(given, Mapping)):
+            continue
+        if "name" in given and given["name"] != own.get("name"):
+            del found[block]
     return found
 
 

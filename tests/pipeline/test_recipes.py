@@ -129,6 +129,35 @@ def test_an_unknown_option_is_told_with_the_nearest() -> None:
         load_recipe("abmil", {"aggregator": {"name": "abmill"}})
 
 
+def test_another_aggregator_or_regime_keeps_no_options_of_the_first_one() -> None:
+    found = load_recipe("packmil", {"aggregator": {"name": "transmil", "options": {"heads": 4}}})
+    assert dict(found.aggregator.options) == {"heads": 4}
+    assert found.regime == load_recipe("packmil").regime
+    found = load_recipe("packmil", {"aggregator": {"name": "abmil", "options": {"hidden": 64}}})
+    assert found.aggregator.options["hidden"] == 64
+    assert found.aggregator.options["attention"] == 128
+    assert dict(load_recipe("packmil", {"regime": {"name": "mixup"}}).regime.options) == {}
+
+
+def test_an_empty_block_takes_a_recipe_s_away() -> None:
+    found = load_recipe("packmil", {"objective": {"terms": {}}})
+    assert dict(found.objective.terms) == {}
+    assert found.optimiser == load_recipe("packmil").optimiser
+
+
+def test_what_is_wrong_with_a_block_is_one_sentence() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("packmil", {"regime": {"options": {"downsampler": "max"}}})
+    assert str(caught.value) == (
+        "recipe packmil.yaml: regime packmil: a downsampler makes one of r tiles, and r is 1; set "
+        "it to 2 or more"
+    )
+    with pytest.raises(ConfigError, match=r"yaml: bags: first_tiles is 50 and is to grow"):
+        load_recipe("abmil", {"bags": {"first_tiles": 50, "sample_tiles": 20}})
+    with pytest.raises(ConfigError, match=r"yaml: regime is 'mixup': should be a block of options"):
+        load_recipe("abmil", {"regime": "mixup"})
+
+
 def test_an_unknown_recipe_is_told_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no recipe 'abmi'.*did you mean 'abmil'"):
         load_recipe("abmi")
