@@ -19,9 +19,9 @@ _LEAK_SAYS = {
     "size": "tile count and tissue area alone come to",
     "site": "site alone comes to",
 }
-_LEAK_MEANS = {
-    "size": "the model may have learnt little more than how much tissue a slide holds",
-    "site": "the model may have learnt little more than where a slide comes from",
+_LEAK_KNOWS = {
+    "size": "how much tissue a slide holds",
+    "site": "where a slide comes from",
 }
 
 
@@ -128,28 +128,58 @@ def _leaks(result: TargetResult) -> Iterator[Claim]:
     chance = result.scores.headline.chance
     sure = not math.isnan(estimate.low)
     bound = estimate.low if sure else estimate.value
-    below = []
+    what = "the model's interval" if sure else "what the model reaches"
+    below: dict[Tone, list[str]] = {"good": [], "note": []}
     for rival in result.rivals:
         if rival.name not in LEAKS:
             continue
         value = rival.estimate.value
         told = f"{_LEAK_SAYS[rival.name]} {number_text(value)}"
+        side = _side_of_chance(result, rival)
         # What ranks no better than chance leaks nothing, however wide the interval.
         if value >= bound and (chance is None or value > chance):
             where = "above" if value > (estimate.high if sure else estimate.value) else "within"
-            what = "the model's interval" if sure else "what the model reaches"
             yield Claim(
                 tone="warning",
-                text=f"{_sentence([told])}, {where} {what}: {_LEAK_MEANS[rival.name]}.",
+                text=f"{_sentence([told])}, {where} {what}: the model may have learnt little more "
+                f"than {_LEAK_KNOWS[rival.name]}.",
+            )
+        elif side == "below":
+            yield Claim(
+                tone="note",
+                text=f"{_sentence([told])} ({interval_text(rival.estimate)}), away from chance "
+                f"({chance:g}) on the lower side: it ranks test patients the wrong way round, as "
+                "small folds can make it. That is no sign that the label has nothing to do with "
+                f"{_LEAK_KNOWS[rival.name]}.",
+            )
+        elif side == "above":
+            yield Claim(
+                tone="note",
+                text=f"{_sentence([told])} ({interval_text(rival.estimate)}), below {what} but "
+                f"above chance ({chance:g}): the label has to do with {_LEAK_KNOWS[rival.name]}, "
+                "and the model may have learnt some of it.",
             )
         elif value < bound:
-            below.append(told)
-    if below:
-        what = "the model's interval" if sure else "what the model reaches"
-        yield Claim(tone="good", text=f"{_sentence(below)}, below {what}.")
+            below["note" if math.isnan(rival.estimate.low) else "good"].append(told)
+    for tone, names in below.items():
+        if names:
+            yield Claim(tone=tone, text=f"{_sentence(names)}, below {what}.")
     for label, reason in result.skipped.items():
         if "not at hand" in reason and "alone" in label:
             yield Claim(tone="warning", text=f"{label} was not looked at: {reason}.")
+
+
+def _side_of_chance(result: TargetResult, rival: Rival) -> Literal["below", "above", ""]:
+    """Return where a rival's whole interval lies; nothing where it holds chance or is not known.
+
+    An R² below that of the mean ranks nothing the wrong way round: it is as good as chance.
+    """
+    chance, estimate = result.scores.headline.chance, rival.estimate
+    if chance is None:
+        return ""
+    if estimate.high < chance and result.answers.target.task != "regression":
+        return "below"
+    return "above" if estimate.low > chance else ""
 
 
 def _rivals(result: TargetResult) -> Iterator[Claim]:

@@ -99,6 +99,21 @@ def test_leaks_are_named_within_and_above_the_interval_alone(found: TargetResult
     assert tones(at_low, "within the model's interval") == ["warning"]
 
 
+def test_a_leak_away_from_chance_is_not_praised(found: TargetResult) -> None:
+    inverted = told(found, rival("size", 0.5), rival("site", 0.15))
+    assert tones(inverted, "Tile count and tissue area alone come to 0.50, below the m") == ["good"]
+    assert tones(inverted, "Site alone comes to 0.15 (0.05 to 0.25), away from ch") == ["note"]
+    assert tones(inverted, "(0.5) on the lower side") == tones(inverted, "wrong way round")
+    assert tones(inverted, "Site alone") == ["note"]
+    some = told(found, rival("site", 0.65))
+    assert tones(some, "Site alone comes to 0.65 (0.55 to 0.75), below the model") == ["note"]
+    assert tones(some, "interval but above chance (0.5)") == ["note"]
+    unknown = dataclasses.replace(
+        rival("site", 0.5), estimate=Estimate(value=0.5, low=math.nan, high=math.nan)
+    )
+    assert tones(told(found, unknown), "Site alone comes to 0.50, below the model") == ["note"]
+
+
 def test_without_an_interval_a_leak_is_held_against_the_value(found: TargetResult) -> None:
     one = dataclasses.replace(found.scores.pooled["auroc"], low=math.nan, high=math.nan)
     scores = dataclasses.replace(found.scores, pooled={**found.scores.pooled, "auroc": one})
