@@ -1,8 +1,8 @@
 """What a training step of a recipe costs against the size of the bag: seconds, and memory above it.
 
-Every measurement is a process of its own: one bag of N tiles of 1,024 numbers, at the recipe's own
-widths, float32, all cores; the regime's losses too, forward and backward. A curve ends at the first
-size where a step passes `MOST_SECONDS` or `MOST_GIB`, and says so.
+A recipe is a process of its own: one bag of N tiles of 1,024 numbers after the other, at the
+recipe's own widths, float32, all cores; the regime's losses too, forward and backward. A curve ends
+at the first size where a step passes `MOST_SECONDS` or `MOST_GIB`, and says so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,33 @@ from high_water import HighWater
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 FEATURES = 1024
 MOST_SECONDS, MOST_GIB = 60.0, 16.0
+ENOUGH_SECONDS = 5.0
+"""Of steps of one size, after which no further one is timed; three at most."""
 _BAGS = 4
 """Of a regime that packs or mixes the bags of a step: N tiles in all."""
 
 
-def measured(recipe: str, tiles: int, work: Path) -> bool:
-    """Measure a step where it is not measured yet; return whether it kept within the bounds."""
-    path = cost_file(work, recipe, tiles)
-    if not path.exists():
+def measure(recipe: str, work: Path) -> None:
+    """Measure the sizes that are not measured yet, up to the one at which the curve ends."""
+    missing = []
+    for tiles in SIZES:
+        path = cost_file(work, recipe, tiles)
+        if not path.exists():
+            missing.append(tiles)
+        elif "ended" in json.loads(path.read_text(encoding="utf-8")):
+            break
+    if not missing:
+        return
+    command = [sys.executable, __file__, recipe, *map(str, missing)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    if len(lines) < len(missing):
+        lines.append(json.dumps({"ended": _end_of(run)}))
+    for tiles, line in zip(missing, lines, strict=False):
+        print(recipe, f"{tiles:,} tiles:", line, flush=True)
+        path = cost_file(work, recipe, tiles)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_in_process(recipe, tiles)), encoding="utf-8")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    print(recipe, f"{tiles:,} tiles:", found, flush=True)
-    return "ended" not in found
+        path.write_text(line, encoding="utf-8")
 
 
 def cost_file(work: Path, recipe: str, tiles: int) -> Path:
@@ -42,23 +57,18 @@ def cost_file(work: Path, recipe: str, tiles: int) -> Path:
     return work / "cost" / f"{recipe}_{tiles}.json"
 
 
-def _in_process(recipe: str, tiles: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, recipe, str(tiles)]
-    run = subprocess.run(command, capture_output=True, text=True)
+def _end_of(run: subprocess.CompletedProcess[str]) -> str:
+    """Return why a process ended before it was done."""
+    said = (run.stderr.strip().splitlines() or ["killed"])[-1]
     if run.returncode == -signal.SIGALRM:
-        return {"ended": f"a step took more than {MOST_SECONDS:.0f} s"}
-    lines = run.stdout.strip().splitlines()
-    if run.returncode or not lines:
-        said = run.stderr.strip().splitlines()[-1:] or ["killed"]
-        if "MemoryError" in said[0] or "allocate" in said[0] or run.returncode < 0:
-            return {"ended": f"a step needed more than {MOST_GIB:.0f} GB"}
-        return {"ended": said[0][:200]}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+        return f"a step took more than {MOST_SECONDS:.0f} s"
+    if "MemoryError" in said or "allocate" in said or run.returncode < 0:
+        return f"a step needed more than {MOST_GIB:.0f} GB"
+    return said[:200]
 
 
-def step_cost(recipe_name: str, tiles: int) -> dict[str, float]:
-    """Return the seconds of a training step, and by how much it raised the memory, in MiB."""
+def step_costs(recipe_name: str, sizes: Sequence[int]) -> Iterator[dict[str, float]]:
+    """Yield the seconds of a training step, and by how much it raised the memory, in MiB."""
     import numpy as np
     import torch
 
@@ -93,30 +103,30 @@ def step_cost(recipe_name: str, tiles: int) -> dict[str, float]:
         )
         return _with_places(bags)
 
-    def step(bags: Bags) -> None:
+    def step(bags: Bags) -> float:
         def judge(output: Any, targets: Any, lengths: Any = None) -> Any:
             return objective(output, targets, progress=0.5, lengths=lengths)
 
+        began_s = time.perf_counter()
+        signal.alarm(math.ceil(MOST_SECONDS))  # ends the process, unless it is taken back
         if isinstance(model, Regime):
             losses = model.losses(bags, judge)
         else:
             losses = judge(model(bags), bags.targets, bags.lengths)
         losses.total.backward()
         model.zero_grad(set_to_none=True)
-
-    step(bags_of(64 * count))  # libraries load, and threads start, before the bag is there
-    bags = bags_of(tiles)
-    memory = HighWater()
-    times = []
-    for _ in range(3):
-        began_s = time.perf_counter()
-        signal.alarm(math.ceil(MOST_SECONDS))  # ends the process, unless it is taken back
-        step(bags)
         signal.alarm(0)
-        times.append(time.perf_counter() - began_s)
-        if sum(times) > MOST_SECONDS / 2:
-            break
-    return {"seconds": min(times), "mib": memory.raised_mib}
+        return time.perf_counter() - began_s
+
+    step(bags_of(64 * count))  # libraries load, and threads start, before a bag is there
+    for tiles in sizes:
+        bags = bags_of(tiles)
+        memory = HighWater()
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < ENOUGH_SECONDS:
+            times.append(step(bags))
+        yield {"seconds": min(times), "mib": memory.raised_mib}
+        del bags
 
 
 def _with_places(bags: Any) -> Any:
@@ -140,4 +150,5 @@ def _with_places(bags: Any) -> Any:
 if __name__ == "__main__":
     limit = int(MOST_GIB * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    print(json.dumps(step_cost(sys.argv[1], int(sys.argv[2]))))
+    for found in step_costs(sys.argv[1], [int(size) for size in sys.argv[2:]]):
+        print(json.dumps(found), flush=True)
