@@ -30,6 +30,13 @@ def require_places(model: Aggregator, recipe: TrainSpec, source: BagSource) -> N
             "resolution; give those of two aligned tilings, as FINE::COARSE (bagscope tile "
             "--coarser-mpp)"
         )
+    if recipe.bags.sampling == "spatial" and (
+        lacking := [place for place in places if source.grid(place) is None]
+    ):
+        raise ConfigError(
+            f"bags.sampling is spatial, and of {_names(source, lacking)} there are no places on "
+            "the lattice; extract features with places, or choose uniform"
+        )
     if model.needs_micrometres:
         bags = [source.read(place, _NO_ROWS) for place in places]
         without = {

@@ -81,6 +81,12 @@ class BagSpec(Spec):
         first, last = self.first_tiles, self.sample_tiles
         if first is not None and last is not None and first > last:
             raise ValueError(f"first_tiles is {first} and is to grow to sample_tiles, {last}")
+        if self.sampling == "spatial" and first is None and last is None:
+            raise ValueError(
+                "sampling is spatial, and steps see all tiles; set sample_tiles, or leave it out"
+            )
+        if self.grow_share != type(self).model_fields["grow_share"].default and first is None:
+            raise ValueError("grow_share is of first_tiles, and there are none; set first_tiles")
         return self
 
 

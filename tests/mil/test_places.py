@@ -64,6 +64,14 @@ def test_one_case_without_places_is_found_among_others(tmp_path: Path) -> None:
     refuse(source, aggregator={"name": "abmil"})
 
 
+def test_a_sample_along_the_tissue_needs_places(tmp_path: Path) -> None:
+    bags = {"sampling": "spatial", "sample_tiles": 2}
+    with pytest.raises(
+        ConfigError, match=r"spatial, and of c \(1 of 3 cases\) there are no places"
+    ):
+        refuse(source_of(tmp_path, grid=None), aggregator={"name": "abmil"}, bags=bags)
+
+
 @pytest.mark.parametrize(
     ("of_c", "what"),
     [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +159,19 @@ def test_the_share_that_is_left_out_is_the_one_asked_for() -> None:
     chosen = np.arange(0, 500, 5)
     some = leave_out(chosen, 500, 0.5, key=(0, 0, "a", 0))
     assert some is not None and set(some.tolist()) < set(chosen.tolist())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"sampling": "spatial"}, "sampling is spatial, and steps see all tiles"),
+        ({"grow_share": 0.3}, "grow_share is of first_tiles, and there are none"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        BagSpec(**values)
+    # As a run's config.yaml has it, with every default written out.
+    whole = BagSpec(**values, first_tiles=10)
+    assert BagSpec.model_validate(whole.model_dump()) == whole
+    assert BagSpec.model_validate(BagSpec().model_dump()) == BagSpec()

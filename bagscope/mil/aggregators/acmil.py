@@ -179,7 +179,9 @@ def _branches_of(
         )
     heads = options.heads or _HEADS
     if hidden % heads:
-        raise ConfigError(f"aggregator acmil: hidden is {hidden}, no multiple of the {heads} heads")
+        raise ConfigError(
+            f"aggregator acmil: hidden is {hidden}, no multiple of the {heads} heads; change heads"
+        )
     return MultiHeadBranches(
         Projection(features, hidden, bias=bias, activation=activation),
         branches=options.branches,

@@ -53,7 +53,8 @@ class ILRA(Aggregator):
         hidden, heads, is_normed = options.hidden, options.heads, options.layer_norm
         if hidden % heads:
             raise ConfigError(
-                f"aggregator ilra: hidden is {hidden}, no multiple of the {heads} heads"
+                f"aggregator ilra: hidden is {hidden}, no multiple of the {heads} heads; change "
+                "heads"
             )
         widths = [features] + [hidden] * (options.layers - 1)
         self.blocks = nn.ModuleList(

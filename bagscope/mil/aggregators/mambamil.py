@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,6 +52,15 @@ class MambaMILOptions(Spec):
         description="draw the mixers' linear layers by Xavier too, as the published code does: "
         "first steps are then 0.69 in place of 0.001 to 0.1",
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> MambaMILOptions:
+        fields = type(self).model_fields
+        if self.rate != fields["rate"].default and self.ways != "sr":
+            raise ValueError(f"rate is of ways sr, and ways is {self.ways}; leave it out")
+        if self.head != fields["head"].default and self.core != "mamba2":
+            raise ValueError(f"head is of core mamba2, and core is {self.core}; leave it out")
+        return self
 
 
 @register(

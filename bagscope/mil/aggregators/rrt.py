@@ -94,7 +94,7 @@ class RRT(Aggregator):
             if hidden % getattr(options, name):
                 raise ConfigError(
                     f"aggregator rrt: hidden is {hidden}, no multiple of the "
-                    f"{getattr(options, name)} {name}"
+                    f"{getattr(options, name)} {name}; change {name}"
                 )
         self.options = options
         self.projection = Projection(

@@ -58,7 +58,8 @@ class SetTransformer(Aggregator):
         hidden, heads, is_normed = options.hidden, options.heads, options.layer_norm
         if hidden % heads:
             raise ConfigError(
-                f"aggregator set_transformer: hidden is {hidden}, no multiple of the {heads} heads"
+                f"aggregator set_transformer: hidden is {hidden}, no multiple of the {heads} "
+                "heads; change heads"
             )
         widths = [features] + [hidden] * (options.blocks - 1)
         self.encoder = nn.ModuleList(

@@ -143,6 +143,18 @@ def test_tiles_without_places_can_not_be_read_by_them(options: dict[str, Any]) -
         model_of(**options)(Bags.of([normal(5, 12)], bag_ids=["slide"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"ways": "bi", "rate": 3}, "rate is of ways sr, and ways is bi"),
+        ({"head": 8}, "head is of core mamba2, and core is mamba"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        model_of(**options)
+
+
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ConfigError, match="is 32, which heads of 5 do not divide"):
         model_of(core="mamba2", head=5)

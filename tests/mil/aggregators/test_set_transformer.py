@@ -106,5 +106,7 @@ def test_the_weights_of_a_tile_that_is_far_behind_are_told_apart() -> None:
 
 
 def test_heads_must_share_the_width() -> None:
-    with pytest.raises(ConfigError, match=r"hidden is 18, no multiple of the 4 heads"):
+    with pytest.raises(
+        ConfigError, match=r"hidden is 18, no multiple of the 4 heads; change heads"
+    ):
         model_of(hidden=18)
