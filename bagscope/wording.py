@@ -8,9 +8,11 @@ MOST_LISTED = 10
 """More names than this are no help in a sentence."""
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return a number and what it counts: "1 slide", "1,200 slides"; `plural` where no s does."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: int, noun: str) -> str:
+    """Return a number and what it counts, a regular noun: "1 slide", "1,200 slides"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bagscope.cli import console, options
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from bagscope.mil.evaluation.comparing import Compared
@@ -50,7 +51,9 @@ def _print(found: Compared) -> None:
     from bagscope.mil.report.claims import interval_text, number_text
     from bagscope.mil.report.comparison_page import comparison_claims, p_text
 
-    typer.echo(f"{found.metric.label} on the same {found.patients} patients, 95 % intervals")
+    typer.echo(
+        f"{found.metric.label} on the same {counted(found.patients, 'patient')}, 95 % intervals"
+    )
     names = [f"{pair.first} − {pair.second}" for pair in found.pairs]
     wide = max(map(len, [*found.estimates, *names]))
     for name, one in found.estimates.items():

@@ -21,6 +21,7 @@ from bagscope.cohort.progress import (
     SlideFinished,
     SlideTold,
 )
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -63,7 +64,8 @@ class PlainReporter:
         if isinstance(event, RunStarted):
             shard = f", shard {event.shard[0]}/{event.shard[1]}" if event.shard else ""
             typer.echo(
-                f"{event.stage}: {event.total} {event.noun}, {event.workers} workers{shard}",
+                f"{event.stage}: {counted(event.total, event.noun)}, "
+                f"{counted(event.workers, 'worker')}{shard}",
                 err=True,
             )
         elif isinstance(event, SlideTold):
@@ -71,7 +73,7 @@ class PlainReporter:
         elif isinstance(event, SlideFinished):
             typer.echo(slide_line(event), err=True)
         elif isinstance(event, RunWaiting):
-            typer.echo(f"waiting for {len(event.slide_ids)} slides worked on elsewhere", err=True)
+            typer.echo(waiting_line(event), err=True)
 
 
 class TerminalReporter:
@@ -90,9 +92,7 @@ class TerminalReporter:
         elif isinstance(event, SlideTold) and self._bar and self._task is not None:
             self._bar.update(self._task, rate=f"{event.slide_id}: {event.text}")
         elif isinstance(event, RunWaiting) and self._bar:
-            self._bar.console.print(
-                f"waiting for {len(event.slide_ids)} slides worked on elsewhere"
-            )
+            self._bar.console.print(waiting_line(event))
         elif isinstance(event, RunFinished) and self._bar:
             self._bar.stop()
 
@@ -128,11 +128,16 @@ def slide_line(event: SlideFinished) -> str:
     if event.outcome == "failed":
         return f"{line} ({event.error_class}): {event.message}"
     if "tiles" in event.facts:
-        line += f", {event.facts['tiles']:,} tiles"
+        line += f", {counted(event.facts['tiles'], 'tile')}"
     line += f", {event.seconds:.1f} s"
     if progress.left_s:
         line += f", {duration_text(progress.left_s)} left"
     return "\n".join([line, *(f"  warning: {warning}" for warning in event.warnings)])
+
+
+def waiting_line(event: RunWaiting) -> str:
+    """Return one line about what other processes work on."""
+    return f"waiting for {counted(len(event.slide_ids), 'slide')} worked on elsewhere"
 
 
 def rate_text(progress: Progress) -> str:
@@ -165,7 +170,7 @@ def print_report(report: RunReport, *, as_json: bool) -> None:
     if report.elsewhere:
         counts += f", {report.elsewhere} worked on elsewhere"
     typer.echo(
-        f"{report.stage}: {counts or 'nothing to do'}; {report.tiles:,} tiles "
+        f"{report.stage}: {counts or 'nothing to do'}; {counted(report.tiles, 'tile')} "
         f"in {duration_text(report.seconds)}"
     )
     for failure in report.failures[:MAX_FAILURES_SHOWN]:
@@ -174,7 +179,9 @@ def print_report(report: RunReport, *, as_json: bool) -> None:
         typer.echo(f"  and {len(report.failures) - MAX_FAILURES_SHOWN} more, see the status folder")
     if report.interrupted:
         again = shlex.join(["bagscope", *sys.argv[1:]])
-        typer.echo(f"interrupted with {report.remaining} slides to go; go on with: {again}")
+        typer.echo(
+            f"interrupted with {counted(report.remaining, 'slide')} to go; go on with: {again}"
+        )
 
 
 def print_extraction(result: ExtractResult, *, as_json: bool) -> None:
@@ -245,8 +252,8 @@ def print_tuning_plan(planned: PlannedRun, tasks: Mapping[str, TuneTask], *, as_
     for note in planned.notes:
         typer.echo(f"  note: {note}")
     typer.echo(
-        f"{planned.folder}: {first.trials} trials on {first.inner_folds} inner folds for each of "
-        f"{len(tasks)} folds, over {', '.join(first.space)}"
+        f"{planned.folder}: {counted(first.trials, 'trial')} on {first.inner_folds} inner folds "
+        f"for each of {counted(len(tasks), 'fold')}, over {', '.join(first.space)}"
     )
     for task in tasks.values():
-        typer.echo(f"  {task.split}: {len(task.cases)} cases to choose by")
+        typer.echo(f"  {task.split}: {counted(len(task.cases), 'case')} to choose by")

@@ -11,6 +11,7 @@ import typer
 from bagscope.cli import console, options
 from bagscope.pipeline.convert import LAYOUTS, OURS, ConvertRequest, plan_conversion
 from bagscope.pipeline.convert import convert as run_conversion
+from bagscope.wording import counted
 
 
 def convert(
@@ -76,9 +77,9 @@ def _print_plan(request: ConvertRequest, *, as_json: bool) -> None:
         facts = {"layout": planned.layout, "to": request.to, "slides": planned.slide_ids}
         typer.echo(json.dumps({"event": "plan", **facts, "notes": planned.notes}))
         return
-    count = len(planned.slide_ids)
+    slides = counted(len(planned.slide_ids), "slide")
     typer.echo(
-        f"{request.source}: {count} slides of {planned.layout}, to be written as {request.to} "
+        f"{request.source}: {slides} of {planned.layout}, to be written as {request.to} "
         f"into {request.dest}"
     )
     for note in planned.notes:

@@ -21,6 +21,7 @@ from bagscope.pipeline.demo import (
     run_demo,
 )
 from bagscope.pipeline.demo_slides import TUMOR_FRACTIONS, SlidesSpec
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,11 +123,11 @@ def _print_stage(stage: DemoStage, report: RunReport, *, as_json: bool) -> None:
         console.print_report(report, as_json=as_json)
         return
     made, found = report.counts.get("done", 0), report.counts.get("skipped", 0)
-    noun = "models" if stage == "train" else "slides"
-    parts = [f"{made} {noun} done"] if made or not found else []
-    parts += [f"{found} {noun} there already"] if found else []
+    noun = "model" if stage == "train" else "slide"
+    parts = [f"{counted(made, noun)} done"] if made or not found else []
+    parts += [f"{counted(found, noun)} there already"] if found else []
     if stage in ("scan", "tile", "extract"):
-        parts.append(f"{report.tiles:,} tiles")
+        parts.append(counted(report.tiles, "tile"))
     typer.echo(f"{', '.join(parts)}, {console.duration_text(report.seconds)}")
 
 

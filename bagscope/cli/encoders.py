@@ -20,6 +20,7 @@ from bagscope.pipeline.encoders import (
     list_encoders,
     show_encoder,
 )
+from bagscope.wording import counted
 
 encoders = typer.Typer(
     help="List encoders, check whether they work here, fetch their weights.",
@@ -95,7 +96,8 @@ def fetch(
         return
     typer.echo(done.note)
     if done.folder is not None:
-        typer.echo(f"{done.folder}: {len(done.sha256)} files, {done.size_bytes / 2**20:,.1f} MiB")
+        files = counted(len(done.sha256), "file")
+        typer.echo(f"{done.folder}: {files}, {done.size_bytes / 2**20:,.1f} MiB")
 
 
 def _print_rows(rows: Sequence[EncoderRow]) -> None:
@@ -116,8 +118,8 @@ def _print_rows(rows: Sequence[EncoderRow]) -> None:
         right=("numbers",),
     )
     typer.echo(
-        f"{len(rows)} encoders; tiles at µm per pixel; timm:MODEL and local:PATH work for "
-        "everything else; bagscope encoders show NAME says more"
+        f"{counted(len(rows), 'encoder')}; tiles at µm per pixel; timm:MODEL and local:PATH work "
+        "for everything else; bagscope encoders show NAME says more"
     )
 
 

@@ -11,6 +11,7 @@ from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
 from bagscope.errors import ConfigError
 from bagscope.pipeline.explain_options import CONTROLS, METHODS, SHARES, ExplainOptions
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from bagscope.cohort.jobs import RunReport
@@ -182,8 +183,7 @@ def _print_plan(planned: PlannedExplanations, *, as_json: bool) -> None:
         if first.is_out_of_fold
         else "by the model that predicted them"
     )
-    cases = "1 case" if len(planned.tasks) == 1 else f"{len(planned.tasks)} cases"
-    typer.echo(f"{cases}, {planned.target}, {whose}")
+    typer.echo(f"{counted(len(planned.tasks), 'case')}, {planned.target}, {whose}")
 
 
 def _print_summary(

@@ -21,6 +21,7 @@ from bagscope.heatmaps.choices import (
     ScaleName,
     Shows,
 )
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from bagscope.pipeline.fine import FineRequest
@@ -276,6 +277,6 @@ def _print_plan(planned: PlannedHeatmaps, *, as_json: bool) -> None:
     of = f" of {planned.of}" if planned.of else ""
     what = "disagreement on " if colours.shows == "disagreement" else ""
     typer.echo(
-        f"{len(planned.tasks)} slides, {what}{colours.scale}{of}; "
+        f"{counted(len(planned.tasks), 'slide')}, {what}{colours.scale}{of}; "
         f"colours from {colours.low:g} to {colours.high:g} on all of them"
     )

@@ -12,6 +12,7 @@ from bagscope.cohort.cells import TABLE_SUFFIXES
 from bagscope.cohort.table import Cohort, missing_paths
 from bagscope.pipeline.recipes import parse_settings
 from bagscope.pipeline.study import Study, init_study
+from bagscope.wording import counted
 
 DEFAULT_LABEL = "label"
 """The column for labels, in a table that is made of a folder of slides."""
@@ -55,7 +56,9 @@ def init(
 
 
 def _print_study(made: Study, cohort: Cohort, to_fill: list[str], *, is_new: bool) -> None:
-    typer.echo(f"{made.folder}: {len(cohort.rows)} slides{'' if is_new else '; kept as it is'}")
+    typer.echo(
+        f"{made.folder}: {counted(len(cohort.rows), 'slide')}{'' if is_new else '; kept as it is'}"
+    )
     for note in cohort.notes:
         typer.echo(f"  note: {note}")
     absent = missing_paths(cohort)

@@ -16,6 +16,7 @@ from bagscope.pipeline.predict import (
     plan_prediction,
 )
 from bagscope.pipeline.predict import predict as predict_cohort
+from bagscope.wording import counted
 
 MAX_FLAGGED_SHOWN = 10
 
@@ -125,7 +126,7 @@ def _print_plan(planned: PlannedPrediction, *, as_json: bool) -> None:
         typer.echo(f"  note: {note}")
     typer.echo(f"{bundle.run}: {', '.join(members)}")
     where = place.location or f"made of the slides first, with {bundle.origin.name}"
-    typer.echo(f"{len(planned.cases)} cases; features: {where}")
+    typer.echo(f"{counted(len(planned.cases), 'case')}; features: {where}")
     typer.echo(f"to {place.folder}")
 
 

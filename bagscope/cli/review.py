@@ -11,6 +11,7 @@ from bagscope.cli import console, options
 from bagscope.cohort.jobs import parse_shard
 from bagscope.errors import ConfigError
 from bagscope.heatmaps.review.choices import MAX_PX, QUALITY
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from bagscope.heatmaps.review.verdicts import Merged
@@ -121,7 +122,7 @@ def _print_plan(planned: PlannedReview, *, as_json: bool) -> None:
     for note in planned.notes:
         typer.echo(f"  note: {note}")
     layers = ", ".join(kind.id for kind in planned.run.colours)
-    typer.echo(f"{len(planned.tasks)} slides with {layers}; to {planned.folder}")
+    typer.echo(f"{counted(len(planned.tasks), 'slide')} with {layers}; to {planned.folder}")
 
 
 def _print_result(result: ReviewResult, planned: PlannedReview, *, as_json: bool) -> None:
@@ -138,7 +139,9 @@ def _print_result(result: ReviewResult, planned: PlannedReview, *, as_json: bool
         console.print_json("review", facts)
         return
     if result.missing:
-        typer.echo(f"not complete: {result.missing} slides are for other shards; run those too")
+        typer.echo(
+            f"not complete: {counted(result.missing, 'slide')} left to other shards; run those too"
+        )
     if result.index is None:
         return
     count = len(planned.tasks)

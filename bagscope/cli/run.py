@@ -23,6 +23,7 @@ from bagscope.pipeline.line import (
 from bagscope.pipeline.scan import CohortScan
 from bagscope.pipeline.study import STUDY_NAME, Study, open_study
 from bagscope.pipeline.train import TrainResult
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,8 +117,8 @@ def _print_scan(found: CohortScan, study: Study, *, as_json: bool) -> None:
         console.print_json("scanned", totals)
         return
     typer.echo(
-        f"scan: {totals['slides']} slides, {totals['problems']} with a problem; "
-        f"{totals['tiles']:,} tiles; reading about "
+        f"scan: {counted(totals['slides'], 'slide')}, {totals['problems']} with a problem; "
+        f"{counted(totals['tiles'], 'tile')}; reading about "
         f"{console.duration_text(totals['read_hours'] * 3600)} on one core; "
         f"all of it: {study.folder / SCAN_NAME}"
     )

@@ -13,6 +13,7 @@ from bagscope.cohort.table import load_cohort
 from bagscope.pipeline.scan import CohortScan, scan_cohort, write_scan_csv
 from bagscope.pipeline.study import RunSpec, StudySpec, open_study
 from bagscope.specs import parse_spec
+from bagscope.wording import counted
 
 
 def scan(
@@ -101,8 +102,8 @@ def _print_scan(found: CohortScan, feature_dim: int) -> None:
         typer.echo(f"note: {note}")
     totals = found.totals()
     typer.echo(
-        f"{totals['slides']} slides, {totals['problems']} with a problem; "
-        f"{totals['tiles']:,} tiles; "
+        f"{counted(totals['slides'], 'slide')}, {totals['problems']} with a problem; "
+        f"{counted(totals['tiles'], 'tile')}; "
         f"features {totals['features_gib']:.2f} GiB at {feature_dim} × float16; reading about "
         f"{console.duration_text(totals['read_hours'] * 3600)} on one core, "
         "the encoder's own time not counted"

@@ -20,6 +20,7 @@ from bagscope.pipeline.overfit import Overfit, overfit_study
 from bagscope.pipeline.recipes import laid_over, parse_settings
 from bagscope.pipeline.study import open_study
 from bagscope.pipeline.train import PlannedRun, TrainRequest, plan_training, train_run
+from bagscope.wording import counted
 
 
 def train(
@@ -167,7 +168,8 @@ def _print_overfit(found: Overfit, *, as_json: bool) -> None:
         facts = {name: _json_number(value) for name, value in asdict(found).items()}
         console.print_json("overfit", facts)
         raise typer.Exit(int(not found.fits))
-    typer.echo(f"{len(found.cases)} cases, {found.epochs} epochs: {', '.join(found.cases)}")
+    seen = f"{counted(len(found.cases), 'case')}, {counted(found.epochs, 'epoch')}"
+    typer.echo(f"{seen}: {', '.join(found.cases)}")
     right = "" if math.isnan(found.accuracy) else f", {found.accuracy:.0%} right"
     typer.echo(
         f"loss {found.first_loss:.3g} → {found.loss:.3g}{right}, "
@@ -189,7 +191,7 @@ def _print_plan(planned: PlannedRun, *, as_json: bool) -> None:
         return
     for note in planned.notes:
         typer.echo(f"  note: {note}")
-    typer.echo(f"{planned.folder}: {len(planned.members)} members")
+    typer.echo(f"{planned.folder}: {counted(len(planned.members), 'member')}")
     for name, task in planned.members.items():
         test = planned.tests[name]
         typer.echo(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bagscope.errors import CohortError
+from bagscope.wording import counted
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet", ".xlsx")
 MAX_PROBLEMS = 20
@@ -82,7 +83,7 @@ def refuse(path: Path, problems: Sequence[str]) -> None:
     shown = "".join(f"\n  {problem}" for problem in problems[:MAX_PROBLEMS])
     more = len(problems) - MAX_PROBLEMS
     tail = f"\n  and {more} more" if more > 0 else ""
-    raise CohortError(f"{path}: {len(problems)} problems{shown}{tail}")
+    raise CohortError(f"{path}: {counted(len(problems), 'problem')}{shown}{tail}")
 
 
 def _as_table(path: Path, lines: Iterable[Sequence[str]], notes: list[str]) -> Cells:

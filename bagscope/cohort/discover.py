@@ -11,6 +11,7 @@ from pathlib import Path
 from bagscope.artifacts import portable_name_problem
 from bagscope.cohort.cells import refuse
 from bagscope.errors import CohortError
+from bagscope.wording import counted
 
 COMPOUND_SUFFIXES = (".ome.tiff", ".ome.tif", ".ome.zarr")
 SLIDE_SUFFIXES = (
@@ -114,8 +115,8 @@ def _from_folder(folder: Path) -> Found:
         notes: tuple[str, ...] = ()
         if images:
             notes = (
-                f"{folder}: left out {len(images)} PNG and JPEG files beside {len(slides)} slides; "
-                "give a glob or a table to include them",
+                f"{folder}: left out {len(images)} PNG and JPEG files beside "
+                f"{counted(len(slides), 'slide')}; give a glob or a table to include them",
             )
         return Found(paths=tuple(slides), notes=notes)
     if images:

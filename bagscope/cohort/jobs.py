@@ -68,7 +68,7 @@ class RunOptions:
             reported as elsewhere.
         preload: modules that workers have imported before they start, so that starting one
             takes milliseconds.
-        noun: what the jobs are, in the plural, for people.
+        noun: what a job is, for people.
         sweep: folders that the stage writes into, not looked into recursively: temporaries of
             dead processes are removed from them before and after the run.
     """
@@ -83,7 +83,7 @@ class RunOptions:
     wait_for_others: bool = True
     preload: tuple[str, ...] = ()
     sweep: tuple[Path, ...] = ()
-    noun: str = "slides"
+    noun: str = "slide"
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:

@@ -42,7 +42,7 @@ class RunStarted:
     total: int
     workers: int
     shard: tuple[int, int] | None = None
-    noun: str = "slides"
+    noun: str = "slide"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from bagscope.artifacts import portable_name_problem
 from bagscope.cohort.cells import TABLE_SUFFIXES, Cells, Row, read_cells, refuse
 from bagscope.cohort.discover import find_slides, is_slide_name, slide_ids_of
 from bagscope.errors import CohortError
-from bagscope.wording import listed
+from bagscope.wording import counted, listed
 
 MIN_MPP = 0.08
 MAX_MPP = 25.0
@@ -256,8 +256,8 @@ def _spelling_notes(rows: Iterable[SlideRow], columns: Iterable[str]) -> list[st
             other = first.setdefault(value.strip().casefold(), value)
             if other != value:
                 notes.append(
-                    f"column {name!r} has both {other!r} ({counts[other]} rows) and {value!r} "
-                    f"({counts[value]}), taken as different values"
+                    f"column {name!r} has both {other!r} ({counted(counts[other], 'row')}) and "
+                    f"{value!r} ({counts[value]}), taken as different values"
                 )
     return notes
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bagscope.heatmaps.overview import slide_picture
 from bagscope.heatmaps.tile_places import TilePlaces
+from bagscope.wording import counted
 from bagscope.wsi.outline import MaskFrame
 from bagscope.wsi.overlay import scale_bar
 
@@ -200,7 +201,7 @@ def _figure(
 def _said(blocks: dict[str, list[Shown]], places: TilePlaces, options: GalleryOptions) -> str:
     """Return how the tiles were picked, in one line."""
     counts = " and ".join(f"{len(t)} {_SIDE_WORDS[s].lower()}" for s, t in blocks.items())
-    said = f"the {counts} of {len(places):,} tiles"
+    said = f"the {counts} of {counted(len(places), 'tile')}"
     if options.apart > 0:
         far = f"{options.apart:g} tile edges"
         if places.mpp is not None:

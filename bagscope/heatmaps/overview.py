@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from bagscope.heatmaps.colours import ColourScale, lookup_table
 from bagscope.heatmaps.raster import raster
 from bagscope.heatmaps.tile_places import TilePlaces
+from bagscope.wording import counted
 from bagscope.wsi.outline import MaskFrame
 from bagscope.wsi.overlay import scale_bar
 from bagscope.wsi.overview import read_overview
@@ -178,7 +179,7 @@ def _figure(
 
     height, width = picture.shape[:2]
     small = min(_SIDE_PX / width, 330 / height)
-    notes = [f"{len(places):,} tiles", *([caption.source] if caption.source else [])]
+    notes = [counted(len(places), "tile"), *([caption.source] if caption.source else [])]
     lines = [line for note in (*notes, *caption.remarks) for line in textwrap.wrap(note, 50)]
     legend = _legend_lines(colours, caption.of)
     side_px = _legend_px(legend) + _LINE_PX * len(lines)

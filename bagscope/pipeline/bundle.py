@@ -67,7 +67,7 @@ def score_out_of_fold(
         score_one,
         stage=f"{SCORE_STAGE}/{planned.folder.name}",
         status_dir=study.status_folder,
-        options=dataclasses.replace(options, sweep=(folder,), noun="cases", shard=None),
+        options=dataclasses.replace(options, sweep=(folder,), noun="case", shard=None),
         report=report,
     )
 

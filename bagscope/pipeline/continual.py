@@ -355,7 +355,7 @@ def continual_run(
         run_options(study.spec.run, None, "local", preload=WORKER_MODULES),
         workers=worker_count(study.spec.run, request.device),
         sweep=(planned.folder, *(task.folder for task in planned.sequences.values())),
-        noun="sequences",
+        noun="sequence",
     )
     trained = run_cohort(
         [Job(slide_id=name, payload=task) for name, task in planned.sequences.items()],

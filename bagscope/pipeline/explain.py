@@ -230,7 +230,7 @@ def explain(planned: PlannedExplanations, request: ExplainRequest, report: Repor
         explain_one,
         stage=f"{STAGE}/{planned.name}",
         status_dir=planned.status_dir,
-        options=dataclasses.replace(options, sweep=(planned.folder,), noun="cases"),
+        options=dataclasses.replace(options, sweep=(planned.folder,), noun="case"),
         report=report,
     )
 

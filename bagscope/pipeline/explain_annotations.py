@@ -90,7 +90,7 @@ def annotation_files(place: Path, slide_ids: Sequence[str]) -> dict[str, Path]:
     if not there:
         endings = ", ".join(ENDINGS)
         raise ConfigError(
-            f"--annotations {place}: has no file of any of the {len(slide_ids)} slides; a file is "
+            f"--annotations {place}: has no file of the slides asked about; a file is "
             f"called by its slide's id, {slide_ids[0]}{ENDINGS[0]} (or {endings})"
         )
     return there

@@ -19,6 +19,7 @@ from bagscope.pipeline.explain_case import Explained
 from bagscope.pipeline.explain_figure import Shown
 from bagscope.pipeline.explain_options import DOSES
 from bagscope.pipeline.explain_parts import HIGH
+from bagscope.wording import counted
 
 RECORD_NAME = "explanation.json"
 SCHEMA, SCHEMA_VERSION = "bagscope.explanation", 1
@@ -131,7 +132,7 @@ def sentences(explained: Explained) -> list[str]:
     whose = "members that never saw this case" if task.is_out_of_fold else "the model's members"
     found = [
         f"{answer} is {before:.3g}{decision}, by {whose} ({len(task.members)}), from "
-        f"{len(asked.scores):,} tiles."
+        f"{counted(len(asked.scores), 'tile')}."
     ]
     found += [
         _effect_sentence(experiment, one, asked.column, columns)
@@ -195,7 +196,7 @@ def _search_sentence(name: str, search: Search, answer: str, tiles: int) -> str:
         what = "Taking out those that matter least"
     rounds = len(search.order)
     return (
-        f"{what}, moves {answer} from {first:.3g} to {last:.3g} with {rounds:,} tiles "
+        f"{what}, moves {answer} from {first:.3g} to {last:.3g} with {counted(rounds, 'tile')} "
         f"({rounds / tiles:.1%})."
     )
 
@@ -229,7 +230,8 @@ def _annotation_sentence(slide_id: str, explained: Explained) -> str:
     one = explained.annotations[slide_id]
     metrics = one.metrics
     if not metrics.positive:
-        return f"{slide_id}: no tile lies inside the annotation ({one.found.lesions} regions)."
+        regions = counted(one.found.lesions, "region")
+        return f"{slide_id}: no tile lies inside the annotation ({regions})."
     return (
         f"{slide_id}: {metrics.positive:,} of {metrics.tiles:,} tiles lie inside the annotation; "
         f"tile AUROC {metrics.auroc:.2f}, AUPRC {metrics.auprc:.2f} "

@@ -23,6 +23,7 @@ from bagscope.mil.explain.question import NO_DECISION, Array
 from bagscope.pipeline.explain import ExplainTask, PlannedExplanations
 from bagscope.pipeline.explain_annotations import RESAMPLES, estimate_text, or_none, over_slides
 from bagscope.pipeline.explain_record import RECORD_NAME, SCHEMA, is_told
+from bagscope.wording import counted
 
 SUMMARY_NAME = "summary.json"
 TABLE_NAME = "summary.csv"
@@ -375,13 +376,14 @@ def _row_sentence(row: _Row) -> str:
 def _annotation_sentences(found: Mapping[str, Any], scale: str) -> list[str]:
     estimates, threshold = found["estimates"], f"{scale} ≥ {found['threshold']:g}"
     said = [
-        f"Against annotations of {found['slides']} slides: tile AUROC "
+        f"Against annotations of {counted(found['slides'], 'slide')}: tile AUROC "
         f"{estimate_text(estimates['auroc'])}, AUPRC {estimate_text(estimates['auprc'])}, Dice "
         f"{estimate_text(estimates['dice'])}, means over slides that have both kinds of tiles."
     ]
     if found["lesions"]:
         said.append(
-            f"Of {found['lesions']} lesions on {found['slides_with_lesions']} slides, a share of "
+            f"Of {counted(found['lesions'], 'lesion')} on "
+            f"{counted(found['slides_with_lesions'], 'slide')}, a share of "
             f"{estimate_text(estimates['lesion_sensitivity'])} is found at {threshold}, with "
             f"{found['false_positives_per_slide']:.1f} false positives a slide; FROC score "
             f"{estimate_text(estimates['froc'])}."

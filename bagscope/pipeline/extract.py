@@ -20,6 +20,7 @@ from bagscope.features.extraction import NUMERICS, ExtractSpec
 from bagscope.pipeline.preload import WORKER_MODULES
 from bagscope.pipeline.study import Study, available_cores
 from bagscope.pipeline.tile import run_options, scene_of, size_weight, tile_cohort
+from bagscope.wording import counted
 from bagscope.wsi.opening import require_backend
 from bagscope.wsi.tiling import tiling_name
 
@@ -431,9 +432,10 @@ def _tile_missing(
     if not missing:
         return None
     if tiling != tiling_name(study.spec.tiling):
+        slides = counted(len(missing), "slide")
         raise ConfigError(
-            f"{folder}: lacks the tiles of {len(missing)} slides, such as {missing[0]}; tile them "
-            "first, this tiling is not the one that the study's options describe"
+            f"{folder}: lacks the tiles of {slides}, such as {missing[0]}; tile them first, this "
+            "tiling is not the one that the study's options describe"
         )
     return tile_cohort(
         study,

@@ -20,6 +20,7 @@ from bagscope.pipeline.study import Study
 from bagscope.pipeline.tile import tile_cohort
 from bagscope.pipeline.train import TrainRequest, TrainResult, train_run
 from bagscope.specs import did_you_mean
+from bagscope.wording import counted
 from bagscope.wsi.tiling import tiling_name
 
 if TYPE_CHECKING:
@@ -152,12 +153,12 @@ def plan_line(study: Study, request: LineRequest) -> list[PlannedStage]:
 
     def there(folder: Path) -> str:
         count = sum((folder / f"{row.slide_id}.h5").exists() for row in rows)
-        return f"{len(rows)} slides, {count} there"
+        return f"{counted(len(rows), 'slide')}, {count} there"
 
     planned = []
     if _is_first(study, request):
         table = study.folder / SCAN_NAME
-        planned.append(PlannedStage(stage="scan", what=f"{len(rows)} slides", place=table))
+        planned.append(PlannedStage(stage="scan", what=counted(len(rows), "slide"), place=table))
     folder = study.tiling_folder(tiling)
     planned.append(PlannedStage(stage="tile", what=there(folder), place=folder))
     for encoder in encoders:

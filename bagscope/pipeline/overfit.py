@@ -17,6 +17,7 @@ from bagscope.errors import ConfigError
 from bagscope.mil.cases import Case
 from bagscope.pipeline.recipes import load_recipe
 from bagscope.pipeline.study import Study
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from bagscope.mil.recipe import TrainSpec
@@ -99,7 +100,9 @@ def overfit_study(study: Study, request: TrainRequest, count: int, report: Repor
         history.append(epoch)
         if epoch.number % _TOLD_EVERY == 0:
             text = f"epoch {epoch.number}/{MOST_EPOCHS}, loss {epoch.validation_loss:.4f}"
-            report.emit(SlideTold(stage=STAGE, slide_id=f"{count} cases", text=text, facts={}))
+            report.emit(
+                SlideTold(stage=STAGE, slide_id=counted(count, "case"), text=text, facts={})
+            )
         if _fits(trainer, source, epoch) or _is_stuck(history):
             raise _Over
 
@@ -268,8 +271,8 @@ def _hints(
         hints.append(f"the loss hardly moves: raise optimiser.lr ({rate:g})")
     elif tail[-1] < tail[0] and tail[-1] < losses[0]:
         hints.append(
-            f"the loss still falls after {len(losses)} epochs: raise optimiser.lr ({rate:g}), or "
-            "lower bags.bags_per_step"
+            f"the loss still falls after {counted(len(losses), 'epoch')}: raise optimiser.lr "
+            f"({rate:g}), or lower bags.bags_per_step"
         )
     else:
         hints.append(f"the loss falls no further: lower optimiser.lr ({rate:g})")

@@ -190,7 +190,7 @@ def predict(request: PredictRequest, report: Reporter) -> PredictResult:
     options = dataclasses.replace(
         run_options(place.run, request.shard, "local", preload=WORKER_MODULES),
         sweep=(place.folder, place.folder / SCORES_NAME),
-        noun="cases",
+        noun="case",
     )
     folders = {
         one.name: bundle.path / ("final" if one.name == "final" else f"members/{one.name}")

@@ -39,6 +39,7 @@ from bagscope.mil.score_file import ScoreFile, read_score_file
 from bagscope.pipeline.review import ReviewTask
 from bagscope.pipeline.tile import scene_of
 from bagscope.pipeline.tiled_slide import find_tiling, require_tiled_slide
+from bagscope.wording import counted
 from bagscope.wsi.contact_sheet import without_folders
 from bagscope.wsi.geojson import read_regions
 from bagscope.wsi.identity import slide_identity
@@ -282,7 +283,9 @@ def _cut_gallery(slide: Slide, scored: Scored, folder: Path, shown: _Shown) -> N
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode_jpeg(image, quality=_TILE_QUALITY))
     if len(found) < len(rows):
-        shown.notes.append(f"{len(rows) - len(found)} tiles of the gallery can't be read.")
+        shown.notes.append(
+            f"{counted(len(rows) - len(found), 'tile')} of the gallery can't be read."
+        )
     shown.cut = frozenset(found)
 
 

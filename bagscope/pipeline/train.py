@@ -320,7 +320,7 @@ def train_run(study: Study, request: TrainRequest, report: Reporter) -> TrainRes
         run_options(study.spec.run, request.shard, "local", preload=WORKER_MODULES),
         workers=worker_count(study.spec.run, request.device),
         sweep=(planned.folder, *(task.folder for task in planned.members.values())),
-        noun="members",
+        noun="member",
     )
     trained = run_cohort(
         [

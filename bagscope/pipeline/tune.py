@@ -248,7 +248,7 @@ def tune_run(study: Study, request: TuneRequest, report: Reporter) -> TuneResult
         run_options(study.spec.run, None, "local", preload=WORKER_MODULES),
         workers=worker_count(study.spec.run, request.train.device),
         sweep=(planned.folder / FOLDER_NAME,),
-        noun="searches",
+        noun="search",
     )
 
     def on_message(name: str, message: bytes) -> None:

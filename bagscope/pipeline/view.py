@@ -14,6 +14,7 @@ from bagscope.errors import ConfigError
 from bagscope.pipeline.bundle import SCORES_NAME
 from bagscope.pipeline.study import open_study
 from bagscope.specs import did_you_mean
+from bagscope.wording import counted
 
 if TYPE_CHECKING:
     from bagscope.heatmaps.review.live.gate import Gate
@@ -189,7 +190,7 @@ def _runs(request: ViewRequest) -> dict[str, ServedRun]:
     drawn = _annotations(request, {slide_id for name in chosen for slide_id in slides[name]})
     return {
         name: ServedRun(
-            name=name, about=_about(len(slides[name])), data=LiveRun(found[name], drawn)
+            name=name, about=counted(len(slides[name]), "slide"), data=LiveRun(found[name], drawn)
         )
         for name in chosen
     }
@@ -201,10 +202,6 @@ def _annotations(request: ViewRequest, slide_ids: set[str]) -> Mapping[str, Path
     from bagscope.pipeline.explain_annotations import annotation_files
 
     return annotation_files(request.annotations, sorted(slide_ids))
-
-
-def _about(count: int) -> str:
-    return f"{count:,} slides" if count != 1 else "1 slide"
 
 
 def _require_long(token: str) -> None:

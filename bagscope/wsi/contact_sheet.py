@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bagscope.artifacts import canonical_json, write_text
+from bagscope.wording import counted
 from bagscope.wsi.exif_thumbnail import extract
 
 _TEMPLATE = Path(__file__).with_name("contact_sheet.html")
@@ -100,8 +101,8 @@ def reasons(entry: SheetEntry, limits: SheetLimits | None = None) -> tuple[Reaso
     if entry.tiles == 0:
         found.append(Reason(kind="almost-none", text="no tiles", weight=90))
     elif entry.tiles < at.few_tiles:
-        count = "1 tile" if entry.tiles == 1 else f"{entry.tiles} tiles"
-        found.append(Reason(kind="almost-none", text=f"only {count}", weight=80))
+        text = f"only {counted(entry.tiles, 'tile')}"
+        found.append(Reason(kind="almost-none", text=text, weight=80))
     elif entry.tissue_fraction < at.little_tissue:
         text = f"{_percent(entry.tissue_fraction)} tissue"
         found.append(Reason(kind="almost-none", text=text, weight=80))

@@ -79,7 +79,7 @@ def test_a_dry_run_writes_nothing(bagscope: Command, tmp_path: Path) -> None:
     before = files_of(tmp_path)
     ran = bagscope("heatmap", run, "--dry-run", "--formats", "svg,csv")
     assert ran.code == 0
-    assert "1 slides, ratio; colours from 0.5 to 2 on all of them" in ran.out
+    assert "1 slide, ratio; colours from 0.5 to 2 on all of them" in ran.out
     assert files_of(tmp_path) == before
     assert bagscope("heatmap", run, "--dry-run", "--levels", "2;4").code == 2
     assert "numbers" in bagscope("heatmap", run, "--dry-run", "--levels", "nan").err

@@ -123,7 +123,7 @@ def test_nothing_in_a_pseudonymised_review_says_who_it_is(
         f"slide;verdict;comment;reviewer;run\r\n{names[IDS[1]]};agree;'=1+1;Bo;abmil\r\n"
     )
     ran = bagscope("review", run, *how, "--import-verdicts", said)
-    assert "Bo agrees with the model on 1 of 1 slides." in ran.out
+    assert "Bo agrees with the model on 1 of 1 slide." in ran.out
     kept = (tmp_path / "review" / "abmil.verdicts.csv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(io.StringIO(kept)))
     assert [(row["slide"], row["comment"]) for row in rows][1:] == [(IDS[1], "'=1+1")]

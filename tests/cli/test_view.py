@@ -181,7 +181,7 @@ def test_what_was_drawn_is_shown_in_the_slide_s_own_frame(study: Path, tmp_path:
     (drawn / "a.geojson").rename(drawn / "x.geojson")
     for slide_id in "bc":
         (drawn / f"{slide_id}.geojson").unlink()
-    with pytest.raises(ConfigError, match="has no file of any of the 3 slides"):
+    with pytest.raises(ConfigError, match="has no file of the slides asked about"):
         open_view(ViewRequest(study=study, run="abmil", annotations=drawn))
 
 

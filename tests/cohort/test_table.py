@@ -170,7 +170,7 @@ def test_doubtful_labels_and_columns_are_noted(tmp_path):
     )
     notes = "\n".join(cohort.notes)
     assert "'Site' is taken as a label; for site" in notes
-    assert "both 'tumor' (1 rows) and 'Tumor' (1)" in notes
+    assert "both 'tumor' (1 row) and 'Tumor' (1)" in notes
     assert "patient_id is empty in row 3" in notes
 
 

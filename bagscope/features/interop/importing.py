@@ -47,6 +47,7 @@ from bagscope.features.interop.foreign import (
 )
 from bagscope.features.interop.placing import PlacedBag, fits_float16, place
 from bagscope.features.interop.recognition import Recognised, recognise
+from bagscope.wording import counted
 from bagscope.wsi.identity import slide_identity
 from bagscope.wsi.opening import open_slide
 from bagscope.wsi.spacing import find_spacing
@@ -320,4 +321,4 @@ def _write_labels(request: _Request) -> list[str]:
             f"{table}: is there and was kept, though the labels differ; --overwrite replaces it"
         ]
     write_cohort_csv(cohort, table)
-    return [f"{table}: the labels of {len(rows)} bags, as a cohort to train on"]
+    return [f"{table}: the labels of {counted(len(rows), 'bag')}, as a cohort to train on"]

@@ -14,6 +14,7 @@ from bagscope.errors import ConfigError
 from bagscope.features.feature_file import SCHEMA as FEATURE_SCHEMA
 from bagscope.features.interop import clam, hs2p, plain, slideflow, stamp, torchmil
 from bagscope.features.interop.foreign import Layout, Source, attributes_of
+from bagscope.wording import counted
 from bagscope.wsi.tile_file import SCHEMA as TILE_SCHEMA
 
 SUFFIXES = (".h5", ".hdf5", ".pt", ".npz", ".csv")
@@ -164,7 +165,7 @@ def _in_folder(folder: Path) -> Recognised:
     (layout,) = layouts or {"unreadable"}
     chosen = _one_per_slide(folder, found)
     notes = [
-        f"{count} files left out: each {_WITHOUT_FEATURES[content]}"
+        f"{counted(count, 'file')} left out: each {_WITHOUT_FEATURES[content]}"
         for content, count in sorted(left_out.items())
         if count
     ]

@@ -18,6 +18,7 @@ from bagscope.cohort.cells import read_cells, refuse
 from bagscope.heatmaps.review.choices import CSV_COLUMNS, VERDICTS
 from bagscope.heatmaps.review.spreadsheet import guarded, unguarded
 from bagscope.specs import did_you_mean
+from bagscope.wording import counted
 
 UNNAMED = "A reviewer without a name"
 
@@ -154,7 +155,8 @@ def agreement(verdicts: Sequence[Verdict]) -> list[str]:
         judged = words["agree"] + words["disagree"]
         if not words.total() - words[""]:
             continue
-        told = f"{reviewer or UNNAMED} agrees with the model on {words['agree']} of {judged} slides"
+        share = f"{words['agree']} of {counted(judged, 'slide')}"
+        told = f"{reviewer or UNNAMED} agrees with the model on {share}"
         rest = [
             f"{words[word]} {word}"
             for word in VERDICTS

@@ -10,6 +10,7 @@ from typing import Literal
 from bagscope.mil.baselines import LEAKS
 from bagscope.mil.evaluation.bootstrap import Estimate
 from bagscope.mil.report.results import Rival, RunResult, TargetResult
+from bagscope.wording import counted
 
 Tone = Literal["finding", "good", "warning", "note"]
 
@@ -92,9 +93,9 @@ def _headline(run: RunResult, result: TargetResult) -> Claim:
 
 
 def _who(run: RunResult, result: TargetResult) -> str:
-    text = _count(result.patients, "patient")
+    text = counted(result.patients, "patient")
     if run.per == "slide" and result.cases != result.patients:
-        text += f" ({_count(result.cases, 'slide')})"
+        text += f" ({counted(result.cases, 'slide')})"
     counts = result.counts
     task = result.answers.target.task
     if task == "survival":
@@ -212,7 +213,7 @@ def _few(result: TargetResult) -> Iterator[Claim]:
     if not named:
         return
     if task == "survival":
-        yield _few_claim(f"Only {_count(counts['event'], 'patient')} had an event")
+        yield _few_claim(f"Only {counted(counts['event'], 'patient')} had an event")
         return
     yield _few_claim(f"A class has few patients ({_of_classes(named)})")
 
@@ -275,10 +276,6 @@ def _reach(run: RunResult) -> Claim:
         text="Training and test patients come from one cohort. How the model does at other sites, "
         "on other scanners or in another case mix, this study can't say.",
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _signed(value: float) -> str:

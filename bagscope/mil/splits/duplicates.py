@@ -20,6 +20,7 @@ from bagscope.features.store import FeatureStore
 from bagscope.mil.cases import CaseTable
 from bagscope.mil.splits.checking import SplitFindings
 from bagscope.mil.splits.plan import Side, SplitPlan
+from bagscope.wording import counted
 
 BLANK_REPEATS = 3
 LEAST_ROWS = 5
@@ -101,7 +102,7 @@ def judge_shared_tiles(
     for pair in pairs:
         sentence = (
             f"slides {pair.slide_ids[0]} (patient {pair.patient_ids[0]}) and {pair.slide_ids[1]} "
-            f"(patient {pair.patient_ids[1]}) have {pair.tiles:,} tiles in common "
+            f"(patient {pair.patient_ids[1]}) have {counted(pair.tiles, 'tile')} in common "
             f"({pair.share:.0%} of the smaller one)"
         )
         apart = []

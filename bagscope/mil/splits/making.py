@@ -21,7 +21,7 @@ from bagscope.mil.splits.strata import (
     strata_of,
 )
 from bagscope.mil.targets import TargetSpec
-from bagscope.wording import listed
+from bagscope.wording import counted, listed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +109,8 @@ def _site_rounds(
         return
     if len(sites) < spec.folds:
         raise CohortError(
-            f"{len(sites)} sites ({listed(sites)}) can't make {spec.folds} folds of whole sites; "
-            f"use --folds {len(sites)}"
+            f"{counted(len(sites), 'site')} ({listed(sites)}) can't make {spec.folds} folds of "
+            f"whole sites; use --folds {len(sites)}"
             if len(sites) > 1
             else f"all patients are of site {sites[0]!r}; folds of whole sites need several"
         )
@@ -175,7 +175,7 @@ def _require_patients(
     """Refuse classes of fewer patients than parts; of labels side by side, note them."""
     what = f"{parts} folds" if spec.method == "kfold" else "two sides"
     if len(patients) < parts:
-        raise CohortError(f"{len(patients)} patients can't be divided into {what}")
+        raise CohortError(f"{counted(len(patients), 'patient')} can't be divided into {what}")
     if target is None:
         return []
     small = []
@@ -189,7 +189,7 @@ def _require_patients(
                 "censored times alone nothing can be learnt, so check which word says event"
             )
         who = f" ({listed(holders)})" if holders else ""
-        small.append((len(holders), f"class {name!r} has {len(holders)} patients{who}"))
+        small.append((len(holders), f"class {name!r} has {counted(len(holders), 'patient')}{who}"))
     if not small:
         return []
     sentence = (

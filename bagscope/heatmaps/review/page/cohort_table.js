@@ -146,8 +146,8 @@
     active = 0;
     byId("table-scroll").scrollTop = 0;
     const [all, some] = [cohort.slides.length, shown.length];
-    byId("filter-count").textContent =
-      some === all ? `${bagscope.whole(all)} slides` : `${bagscope.whole(some)} of ${bagscope.whole(all)} slides`;
+    const slides = `${bagscope.whole(all)} ${all === 1 ? "slide" : "slides"}`;
+    byId("filter-count").textContent = some === all ? slides : `${bagscope.whole(some)} of ${slides}`;
     byId("slides-none").hidden = some > 0;
     byId("filter-clear").hidden = !isFiltered();
     byId("slides").setAttribute("aria-rowcount", some + 1);
