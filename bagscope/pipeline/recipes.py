@@ -27,8 +27,8 @@ def recipe_names() -> tuple[str, ...]:
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpec:
     """Return a recipe with options laid over it.
 
-    Where they name another aggregator or regime, nothing is kept of what the recipe sets for its
-    own one.
+    Where they name another aggregator or regime, or another aggregator of a coarse stage, nothing
+    is kept of what the recipe sets for its own one.
 
     Args:
         name: of a recipe that comes with bagscope, or a YAML file.
@@ -93,14 +93,17 @@ def laid_over(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
 
 
 def _without_renamed(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe without its aggregator or regime where options name another one."""
+    """Return nested options without those of what is named, where others name another one."""
     found = dict(values)
-    for block in ("aggregator", "regime"):
-        own, given = found.get(block), options.get(block)
+    for block, given in options.items():
+        own = found.get(block)
         if not (isinstance(own, Mapping) and isinstance(given, Mapping)):
             continue
-        if "name" in given and given["name"] != own.get("name"):
+        is_choice = "name" in own and own.keys() <= {"name", "options"}
+        if is_choice and given.get("name", own["name"]) != own["name"]:
             del found[block]
+        else:
+            found[block] = _without_renamed(own, given)
     return found
 
 

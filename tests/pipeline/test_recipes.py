@@ -137,6 +137,12 @@ def test_another_aggregator_or_regime_keeps_no_options_of_the_first_one() -> Non
     assert found.aggregator.options["hidden"] == 64
     assert found.aggregator.options["attention"] == 128
     assert dict(load_recipe("packmil", {"regime": {"name": "mixup"}}).regime.options) == {}
+    coarse = {"coarse": {"name": "transmil"}}
+    options = load_recipe("two_stage", {"regime": {"options": coarse}}).regime.options
+    assert options["coarse"] == {"name": "transmil"} and options["tiles"] == 64
+    # An optimiser's other options are of any of them.
+    found = load_recipe("packmil", {"optimiser": {"name": "sgd"}})
+    assert found.optimiser.lr == load_recipe("packmil").optimiser.lr
 
 
 def test_an_empty_block_takes_a_recipe_s_away() -> None:

@@ -119,11 +119,16 @@ def build_model(recipe: TrainSpec, features: int, outputs: int) -> Aggregator:
 
 
 def refuse_impossible(recipe: TrainSpec, targets: Sequence[TargetSpec]) -> None:
-    """Refuse an aggregator or a regime that does not go with the recipe, or with the targets.
+    """Refuse an aggregator, a regime or a draw that does not go with the recipe or the targets.
 
     Raises:
         ConfigError: says what does not go together.
     """
+    if recipe.bags.balanced and not any(target.is_categorical for target in targets):
+        raise ConfigError(
+            "bags.balanced draws by class, and no target has classes (there are: "
+            f"{', '.join(f'{target.name}, {target.task}' for target in targets)}); leave it out"
+        )
     built_by = aggregator_entry(recipe.aggregator.name).build
     if isinstance(built_by, type) and issubclass(built_by, Aggregator):
         built_by.refuse(recipe, targets)

@@ -418,9 +418,7 @@ class Trainer:
 
     def _draw_weights(self) -> NDArray[np.float64]:
         """Return how likely each case is drawn, so that classes come equally often."""
-        target = next((t for t in self.targets if t.is_categorical), None)
-        if target is None:
-            raise ConfigError("bags.balanced draws by class, and no target has classes; unset it")
+        target = next(t for t in self.targets if t.is_categorical)
         labels = self._labels[target.name][:, 0]
         known = ~np.isnan(labels)
         _, places, counts = np.unique(labels[known], return_inverse=True, return_counts=True)

@@ -123,6 +123,14 @@ def test_a_term_that_the_targets_leave_no_meaning_to_is_refused_before_training(
         require_learnable(recipe, TABLE, plan_of(("e",)), DIMENSION)
 
 
+def test_a_draw_by_class_asks_for_classes() -> None:
+    recipe = made_recipe(bags={"balanced": True}, objective={"bins": 2})
+    with pytest.raises(ConfigError, match=r"balanced draws by class.*os, survival\); leave it out"):
+        require_learnable(recipe, TABLE, plan_of(("e",)), DIMENSION)
+    recipe = made_recipe(bags={"balanced": True})
+    require_learnable(recipe, CLASSES, plan_of(("e",)), DIMENSION)
+
+
 @pytest.mark.parametrize("regime", ["mixup", "pseudo_bags", "packmil", "mhim", "two_stage"])
 def test_a_step_is_tried_within_every_regime(regime: str) -> None:
     recipe = made_recipe(regime={"name": regime}, bags={"bags_per_step": 2})
