@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from bagscope.errors import ConfigError
 
@@ -46,7 +46,7 @@ def parse_spec(kind: type[SpecT], values: Mapping[str, Any], *, where: str) -> S
 
 def _finding(kind: type[Spec], found: Mapping[str, Any]) -> str:
     location: tuple[str | int, ...] = found["loc"]
-    field = ".".join(map(str, location)) or "the spec"
+    field = ".".join(map(str, _as_written(kind, location))) or "the spec"
     if found["type"] == "extra_forbidden":
         return f"unknown option {field!r}{did_you_mean(str(location[-1]), _known(kind, location))}"
     if found["type"] == "missing":
@@ -59,6 +59,21 @@ def _finding(kind: type[Spec], found: Mapping[str, Any]) -> str:
     if found["type"] in ("model_type", "dict_type", "mapping_type"):
         message = "should be a block of options, each with its name"
     return f"{field} is {found['input']!r}: {message}"
+
+
+def _as_written(kind: type[Spec], location: Sequence[str | int]) -> list[str | int]:
+    """Return a location without the tag that stands behind a choice of forms, which no file has."""
+    model: type[BaseModel] | None = kind
+    found: list[str | int] = []
+    rest = iter(location)
+    for key in rest:
+        found.append(key)
+        field = model.model_fields.get(str(key)) if model is not None else None
+        if field is not None and any(isinstance(one, Discriminator) for one in field.metadata):
+            next(rest, None)
+        inner: Any = None if field is None else field.annotation
+        model = inner if _is_model(inner) else None
+    return found
 
 
 def _known(kind: type[Spec], location: Sequence[str | int]) -> list[str]:

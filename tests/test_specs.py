@@ -4,6 +4,7 @@ import pytest
 from pydantic import Field
 
 from bagscope.errors import ConfigError
+from bagscope.mil.recipe import TrainSpec
 from bagscope.specs import Spec, did_you_mean, parse_spec
 from bagscope.wsi.tiling import RoiSpec, TilingSpec, tiling_name
 
@@ -29,6 +30,19 @@ def test_every_finding_is_listed_with_its_value() -> None:
         parse_spec(Outer, {"size": 0, "inner": {"colour": 7}}, where="here")
     assert "size is 0" in str(caught.value)
     assert "inner.colour is 7" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("balenced", "here: objective.class_weights is 'balenced': input should be 'none' or "),
+        ([1, -2], "here: objective.class_weights.1 is -2: "),
+    ],
+)
+def test_an_option_of_two_forms_is_named_as_it_is_written(value: object, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_spec(TrainSpec, {"objective": {"class_weights": value}}, where="here")
+    assert str(caught.value).startswith(told)
 
 
 def test_a_name_like_none_gets_the_list() -> None:
