@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from bagscope.errors import ConfigError
 from bagscope.mil.cases import Per
 from bagscope.mil.objectives.spec import ObjectiveSpec
 from bagscope.specs import Spec
@@ -161,6 +162,18 @@ class TrainingSpec(Spec):
         default="youden",
         description="decision threshold of two classes, from the inner validation part, or ½",
     )
+
+    def require_device(self, device: str) -> None:
+        """Refuse a device that can't multiply in the precision.
+
+        Raises:
+            ConfigError: says what to use.
+        """
+        if self.precision == "float16" and device == "cpu":
+            raise ConfigError(
+                "training.precision is float16, which CPUs do not multiply; use float32, or a GPU "
+                "with --device cuda"
+            )
 
 
 class TrainSpec(Spec):

@@ -204,6 +204,7 @@ def plan_continual(
 
     spec = read_tasks(tasks)
     recipe = load_recipe(request.recipe, request.settings)
+    recipe.training.require_device(request.device)
     aggregator_entry(recipe.aggregator.name)
     require_plain(recipe)
     location = find_features(study, request.features, request.encoder)

@@ -196,6 +196,7 @@ def plan_training(study: Study, request: TrainRequest, *, dry_run: bool = False)
             "the same model"
         )
     recipe = load_recipe(request.recipe, request.settings)
+    recipe.training.require_device(request.device)
     location = find_features(study, request.features, request.encoder)
     table = labelled_cases(
         study,

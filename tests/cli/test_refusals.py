@@ -64,6 +64,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (*SURVIVAL, "--set", "objective.survival=cox"),
             "Cox's loss compares the bags of a step, and bags.bags_per_step is 1",
         ),
+        (
+            "abmil",
+            (*LABEL, "--set", "training.precision=float16", "--device", "cpu"),
+            "training.precision is float16, which CPUs do not multiply",
+        ),
     ],
 )
 def test_what_can_not_go_together_is_refused(

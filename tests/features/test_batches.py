@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bagscope.features.batches import Batcher, Encoded
@@ -104,7 +104,6 @@ def require_all(found: Collected, given_tiles: dict[object, np.ndarray]) -> None
         np.testing.assert_array_equal(found.rows[place], vector)
 
 
-@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(0, 20), max_size=8),
     batch_size=st.integers(1, 9),

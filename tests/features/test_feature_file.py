@@ -27,7 +27,7 @@ from bagscope.features.feature_file import (
 )
 
 FIELDS = {"stage": "extract", "spec": {"encoder": "µ"}, "tiles": "abc"}
-any_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+any_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def header(rows: int = 5, **changes: Any) -> FeatureHeader:

@@ -140,7 +140,7 @@ def test_reinhard_leaves_glass_as_it_is() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @given(count=st.integers(1, 6), edge=st.integers(9, 70), seed=st.integers(0, 999))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_row_depends_on_its_own_tile_alone(method, count: int, edge: int, seed: int) -> None:
     tiles = batch(*(rendered(i % 2, seed + i, edge) for i in range(count)))
     together = method(tiles)

@@ -54,7 +54,7 @@ def test_a_bag_is_a_view_that_nobody_can_write_to(folder: Path) -> None:
     assert type(base).__name__ in ("mmap", "memoryview")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.integers(0, 599), max_size=900))
 def test_chosen_rows_come_in_the_order_asked_for(folder: Path, rows: list[int]) -> None:
     bag = FeatureStore.open(folder).bag("a", rows)

@@ -108,7 +108,7 @@ def test_the_crop_is_in_the_middle(input_px: int, start: int) -> None:
     interpolation=st.sampled_from(INTERPOLATIONS),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_row_depends_on_its_own_tile_alone(
     count: int, tile_px: int, input_px: int, interpolation: str, seed: int
 ) -> None:

@@ -88,7 +88,7 @@ def picked_slowly(
     far=st.sampled_from([0.0, 64.0, 65.0, 150.0]),
     barred=st.sets(st.integers(0, 5)),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_tiles_are_picked_as_they_are_said_to_be(
     values: list[float], count: int, side: Side, far: float, barred: set[int]
 ) -> None:
@@ -116,7 +116,7 @@ def test_no_tile_is_on_both_sides_and_few_are_halved(tiles: int) -> None:
     values=st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=36),
     far=st.sampled_from([0.0, 2.0, 3.0]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_highest_tile_is_lower_than_a_lowest(values: list[float], far: float) -> None:
     numbers = np.array(values)
     places = places_on(6 * 64, math.ceil(len(values) / 6) * 64, 64.0)
@@ -151,7 +151,7 @@ def test_neighbours_are_no_nine_finds() -> None:
     tile_px=st.sampled_from([64, 224, 256, 500]),
     downsamples=st.sampled_from([(1.0,), (1.0, 4.0), (1.0, 3.998, 16.01)]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_footprint_is_read_as_the_model_s_tile_was(
     mpp_l0: float, mpp: float, tile_px: int, downsamples: tuple[float, ...]
 ) -> None:

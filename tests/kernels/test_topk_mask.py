@@ -36,7 +36,7 @@ def test_equals_the_reference(
     step=st.integers(0, 1 << 40),
     exactly=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_masks_only_the_highest_and_never_a_whole_bag(
     lengths: list[int], k: int, p: float, step: int, exactly: bool
 ) -> None:

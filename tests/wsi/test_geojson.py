@@ -143,7 +143,7 @@ def test_coordinates_that_are_not_numbers_are_never_written():
     px=st.floats(0.5, 130),
     x=st.floats(-1000, 1e5),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_mask_survives_the_way_through_a_file(tmp_path_factory, mask, frame, px, x):
     path = tmp_path_factory.mktemp("g") / "a.geojson"
     at = MaskFrame(shape=mask.shape, origin_x_l0=x, origin_y_l0=-x, px_l0_x=px, px_l0_y=px * 1.01)

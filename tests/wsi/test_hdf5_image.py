@@ -19,7 +19,7 @@ STEPS = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_it_is_a_file_like_any_other(tmp_path: Path, steps: list[tuple[int, bytes | int]]) -> None:
     image, reference = SparseImage(), io.BytesIO()

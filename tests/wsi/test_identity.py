@@ -43,9 +43,7 @@ def test_a_copy_elsewhere_under_another_name_is_the_same_slide(svs, tmp_path):
     assert str(tmp_path) not in str(slide_identity(copy))
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(block=st.integers(0, SAMPLED_BLOCKS - 1), byte=st.integers(0, BLOCK_BYTES - 1))
 def test_any_flipped_byte_of_a_sampled_block_changes_it(svs, tmp_path, block, byte):
     copy = tmp_path / "copy.svs"

@@ -73,7 +73,7 @@ def test_a_cut_short_stream_is_never_filled_up(part):
         decoded(complete_stream(stream_prefix(b"", is_rgb=False), cut))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_damage_never_raises_anything_else(data):
     stream = bytearray(encode(TILE, "420"))

@@ -121,7 +121,7 @@ def test_masks_need_not_be_contiguous(view):
 @given(
     seed=st.integers(0, 10_000), sigma=st.floats(0.3, 3), tolerance=st.floats(0.1, 8),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_simplified_outlines_stay_valid_and_near(seed, sigma, tolerance):
     mask = blobs(seed, (40, 50), sigma)
     frame = frame_of(mask.shape, 7, -3, 32, 31)
@@ -170,7 +170,7 @@ def test_a_hole_in_a_bump_keeps_the_bump():
     x=st.floats(-50, 50),
     y=st.floats(-50, 50),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_coverage_is_the_area_that_shapely_finds_in_each_pixel(seed, points, x, y):
     rng = np.random.default_rng(seed)
     angle = np.sort(rng.random(points)) * 2 * np.pi

@@ -43,7 +43,7 @@ def geojson_file(path, *class_names) -> object:
     radius=st.floats(60, 180),
     px=st.floats(3, 20),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_area_of_a_region_is_that_of_shapely_within_one_percent(seed, corners, radius, px):
     rng = np.random.default_rng(seed)
     angle = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * 2 * np.pi / corners

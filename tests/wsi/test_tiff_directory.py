@@ -88,7 +88,7 @@ def test_values_beyond_the_file_are_refused_when_asked_for(tmp_path):
     os.close(descriptor)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damage_never_raises_anything_else(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.tif"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bagscope.errors import ReadError
@@ -88,7 +88,6 @@ grids = st.builds(
 corner_lists = st.lists(st.tuples(st.integers(-90, 250), st.integers(-90, 250)), max_size=12)
 
 
-@settings(deadline=None)
 @given(grid=grids, corners=corner_lists, edge=st.integers(1, 80), data=st.data())
 def test_squares_equal_plain_crops_and_no_tile_is_decoded_twice(grid, corners, edge, data):
     numbers = st.lists(st.integers(0, grid.across * grid.down - 1), max_size=4)
@@ -103,7 +102,6 @@ def test_squares_equal_plain_crops_and_no_tile_is_decoded_twice(grid, corners, e
     assert set(picture.decoded) == set().union(*(picture.touched(*c, edge) for c in corners))
 
 
-@settings(deadline=None)
 @given(grid=grids, batches=st.lists(corner_lists, max_size=5), edge=st.integers(1, 60))
 def test_a_store_never_changes_what_is_read(grid, batches, edge):
     picture, store = Picture(grid), TileStore()

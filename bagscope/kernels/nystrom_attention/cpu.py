@@ -193,14 +193,14 @@ def _landmarks(
     q: Tensor, k: Tensor, run: Run, scale: float, exact: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the landmarks of the queries, scaled, and of the keys: (H, m, d)."""
-    queries = scale * means_of(q.to(exact), run).transpose(0, 1)
+    queries = scale * means_of(q.to(exact), run).transpose(0, 1).contiguous()
     return queries, means_of(k.to(exact), run).transpose(0, 1).contiguous()
 
 
 def _of_row(means: Tensor, keys: Tensor, run: Run, scale: float) -> tuple[Tensor, Tensor]:
     """Return the same from the means of the queries."""
     key_means = means_of(keys.to(means.dtype), run).transpose(0, 1).contiguous()
-    return scale * means[run.own].transpose(0, 1), key_means
+    return scale * means[run.own].transpose(0, 1).contiguous(), key_means
 
 
 def _ask(q: Tensor, asked: Tensor, values: Tensor, out: Tensor) -> None:

@@ -161,7 +161,8 @@ class MambaMIL(Aggregator):
         if bags.grid is None:
             raise ConfigError(
                 f"aggregator mambamil reads tiles by their places ({name}), and those of "
-                f"{bags.bag_ids[0]} have none; choose order stored and ways sr, bi or plain"
+                f"{bags.bag_ids[0]} have none; give features with places, or train with order "
+                "stored and ways sr, bi or plain"
             )
         column, row = bags.grid.long().unbind(1)
         lengths = bags.lengths.long()

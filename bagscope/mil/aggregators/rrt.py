@@ -188,7 +188,7 @@ class RRT(Aggregator):
         if bags.grid is None:
             raise ConfigError(
                 f"aggregator rrt cuts regions of the lattice, and the tiles of {bags.bag_ids[0]} "
-                "have no places on one; choose places stored"
+                "have no places on one; give features with places, or train with places stored"
             )
         return lattice_regions(bags.grid, bags.cu_seqlens, side)
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -88,6 +88,16 @@ class TransMILOptions(Spec):
         ):
             raise ValueError("must be odd")
         return sizes
+
+    @model_validator(mode="after")
+    def _of_nystrom(self) -> TransMILOptions:
+        fields = type(self).model_fields
+        for name in ("landmarks", "iterations", "faithful_pads", "faithful_start"):
+            if self.attention == "exact" and getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"{name} is of attention nystrom, and attention is exact; leave it out"
+                )
+        return self
 
 
 class Rows(NamedTuple):
@@ -291,7 +301,8 @@ class TransMIL(Aggregator):
         if self.options.ppeg == "lattice" and bags.grid is None:
             raise ConfigError(
                 "aggregator transmil looks for neighbours on the lattice, and the tiles of "
-                f"{bags.bag_ids[0]} have no places; choose ppeg stored"
+                f"{bags.bag_ids[0]} have no places; give features with places, or train with ppeg "
+                "stored"
             )
 
 

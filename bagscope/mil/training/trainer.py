@@ -136,8 +136,7 @@ class Trainer:
         self._on_preparing = on_preparing
         spec = recipe.training
         self._epochs = spec.epochs if stop_after is None else min(stop_after, spec.epochs)
-        if spec.precision == "float16" and self._device.type == "cpu":
-            raise ConfigError("precision is float16, which CPUs do not multiply; use float32")
+        spec.require_device(self._device.type)
         # A final model has no inner part either, but its length was found with one.
         if recipe.optimiser.schedule == "plateau" and inner is None and stop_after is None:
             raise ConfigError(

@@ -117,7 +117,7 @@ bags = st.integers(0, 6).flatmap(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(
     bag=bags, mpp=st.floats(0.1, 2.0), to=st.sampled_from(["trident", "clam", "stamp", "torchmil"])
 )

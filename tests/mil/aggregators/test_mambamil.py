@@ -139,7 +139,7 @@ def test_the_second_way_of_cross_runs_down_the_columns() -> None:
 
 @pytest.mark.parametrize("options", [{"order": "hilbert"}, {"ways": "cross"}])
 def test_tiles_without_places_can_not_be_read_by_them(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="those of slide have none; choose order stored"):
+    with pytest.raises(ConfigError, match="those of slide have none; give features with"):
         model_of(**options)(Bags.of([normal(5, 12)], bag_ids=["slide"]))
 
 

@@ -149,7 +149,7 @@ def test_on_the_lattice_it_does_not_matter_how_tiles_are_stored() -> None:
     other = model(Bags.of([features[order]], grid=[grid[order]]))
     torch.testing.assert_close(one.logits, other.logits)
     torch.testing.assert_close(one.scores[order], other.scores)
-    with pytest.raises(ConfigError, match=r"tiles of 0 have no places on one; choose places"):
+    with pytest.raises(ConfigError, match=r"tiles of 0 have no places on one; give features"):
         model(Bags.of([features]))
 
 

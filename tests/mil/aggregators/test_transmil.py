@@ -26,7 +26,10 @@ SMALL: dict[str, Any] = {"hidden": 16, "heads": 2, "landmarks": 6, "ppeg_sizes":
 
 def model_of(**options: Any) -> TransMIL:
     torch.manual_seed(0)
-    model = build_aggregator("transmil", 12, 2, {**SMALL, **options}).eval()
+    small = dict(SMALL)
+    if options.get("attention") == "exact":
+        del small["landmarks"]
+    model = build_aggregator("transmil", 12, 2, {**small, **options}).eval()
     assert isinstance(model, TransMIL)
     return model
 
@@ -175,7 +178,7 @@ def test_dropout_in_training_is_drawn_by_seed_and_step() -> None:
 
 
 def test_tiles_without_places_have_no_neighbours_on_the_lattice() -> None:
-    with pytest.raises(ConfigError, match="tiles of slide have no places; choose ppeg stored"):
+    with pytest.raises(ConfigError, match="tiles of slide have no places; give features with"):
         model_of(ppeg="lattice")(Bags.of([normal(5, 12)], bag_ids=["slide"]))
 
 
@@ -185,8 +188,10 @@ def test_tiles_without_places_have_no_neighbours_on_the_lattice() -> None:
         ({"heads": 3}, "hidden is 16, which 3 heads do not divide"),
         ({"taps": 4}, "must be odd"),
         ({"ppeg_sizes": (7, 4)}, "must be odd"),
+        ({"attention": "exact", "faithful_pads": True}, "faithful_pads is of attention nystrom"),
+        ({"attention": "exact", "landmarks": 7}, "landmarks is of attention nystrom"),
     ],
 )
-def test_widths_that_do_not_fit_are_refused(options: dict[str, Any], what: str) -> None:
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         model_of(**options)

@@ -111,7 +111,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_auroc_knows_the_order_alone_and_turns_with_it(data):
     outcome, score = data
     area = ranking.binary_auroc(outcome, score)
@@ -123,7 +123,7 @@ def test_auroc_knows_the_order_alone_and_turns_with_it(data):
 
 
 @given(cases(), st.integers(0, 2**16))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_counts_are_repetition(data, seed):
     outcome, score = data
     counts = np.random.default_rng(seed).integers(0, 4, len(outcome))

@@ -90,7 +90,7 @@ def test_concordance_without_a_pair_is_undefined(event):
 
 
 @given(st.integers(0, 2**16))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_concordance_knows_the_order_alone_and_turns_with_it(seed):
     time, event, risk = drawn(seed, 25)
     event[np.argmin(time)] = True

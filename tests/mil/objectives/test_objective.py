@@ -85,7 +85,7 @@ def test_several_targets_are_the_weighted_sum_of_each_alone() -> None:
     assert objective.validation_loss(logits, tensors(ROWS)) == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data(), form=st.sampled_from(["nll", "cox"]))
 def test_a_missing_label_is_as_if_the_bag_were_not_there(data: st.DataObject, form: str) -> None:
     objective, bags = OBJECTIVES[form], 8
@@ -116,7 +116,7 @@ def test_a_missing_label_is_as_if_the_bag_were_not_there(data: st.DataObject, fo
     assert losses.total.item() == pytest.approx(expected, rel=1e-10)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(order=st.permutations(range(12)), form=st.sampled_from(["nll", "cox"]))
 def test_the_order_of_bags_is_nothing(order: list[int], form: str) -> None:
     objective = OBJECTIVES[form]
@@ -245,7 +245,7 @@ def test_a_damaged_file_is_said_to_be_one() -> None:
         FittedObjective.from_json({})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), scale=st.sampled_from([0.1, 1.0, 100.0]))
 def test_probabilities_sum_to_one_and_a_temperature_of_one_is_none(seed: int, scale: float) -> None:
     objective = OBJECTIVES["nll"]

@@ -16,7 +16,7 @@ def borders_of(*lengths: int) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 9)), min_size=1, max_size=8), st.data())
 def test_a_budget_is_given_away_whole_and_nobody_gets_more_than_it_has(
     claims: list[tuple[float, int]], data: st.DataObject
@@ -56,7 +56,7 @@ def test_clusters_that_lie_apart_are_found() -> None:
     assert np.array_equal(same, wanted[:, None] == wanted)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 6))
 def test_every_bag_gets_its_budget_whatever_lies_beside_it(
     length: int, budget: int, clusters: int

@@ -49,7 +49,7 @@ def sets(scores: Numbers, spec: MaskSpec, high: float, draws: dict[int, Numbers]
     return found - {falling[0]} if len(found) == tiles else found
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(LENGTHS, SHARES, WITHIN, SHARES, SHARES, st.integers(0, 99), st.booleans())
 def test_each_bag_loses_the_sets_of_the_definition(
     lengths: list[int],
@@ -82,7 +82,7 @@ def test_each_bag_loses_the_sets_of_the_definition(
         assert len(wanted) < stop - start
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(LENGTHS, st.sampled_from([0.1, 0.4, 1.0]), st.integers(2, 5), st.booleans())
 def test_columns_vote(lengths: list[int], share: float, columns: int, lowest: bool) -> None:
     random = np.random.default_rng(sum(lengths))

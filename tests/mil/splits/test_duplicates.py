@@ -76,7 +76,7 @@ def test_slides_without_features_are_passed_over_and_progress_is_told(tmp_path: 
     assert told == [(1, 2), (2, 2)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_hashes_are_equal_where_bytes_are(data: st.DataObject) -> None:
     dimension = data.draw(st.integers(2, 9))

@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "splits" / "default.csv"
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.sampled_from(
         [

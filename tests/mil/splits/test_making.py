@@ -68,7 +68,7 @@ def each_tested_once(table: CaseTable, splits: tuple[Split, ...]) -> bool:
     return tested == Counter(case.case_id for case in table.cases)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cohorts(), SPECS)
 def test_no_patient_parts_and_every_case_has_one_side(rows: Rows, spec: SplitSpec) -> None:
     table = table_of(rows)
@@ -84,7 +84,7 @@ def test_no_patient_parts_and_every_case_has_one_side(rows: Rows, spec: SplitSpe
             assert each_tested_once(table, tuple(s for s in plan.splits if s.repeat == repeat))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cohorts(), st.integers(2, 5), st.integers(0, 99))
 def test_every_fold_has_its_share_of_every_class(rows: Rows, folds: int, seed: int) -> None:
     table = table_of(rows)
@@ -98,7 +98,7 @@ def test_every_fold_has_its_share_of_every_class(rows: Rows, folds: int, seed: i
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cohorts(), st.floats(0.05, 0.6), st.floats(0.05, 0.6))
 def test_drawn_shares_are_within_one_patient(rows: Rows, test: float, val: float) -> None:
     table = table_of(rows)
@@ -117,7 +117,7 @@ def test_drawn_shares_are_within_one_patient(rows: Rows, test: float, val: float
             assert all(among[grade] > counts[grade] for grade in among)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cohorts(), SPECS, st.randoms(use_true_random=False))
 def test_the_order_of_the_table_does_not_matter(
     rows: Rows, spec: SplitSpec, rng: random.Random
@@ -237,7 +237,7 @@ def test_without_stratifying_classes_fall_as_they_may() -> None:
 # --- sites ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cohorts())
 def test_each_site_is_left_out_once(rows: Rows) -> None:
     table = table_of(rows)
@@ -271,7 +271,7 @@ def test_a_site_of_one_class_is_tested_and_said() -> None:
     assert not check_splits(plan, table)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 8), min_size=30, max_size=60), st.integers(2, 4), st.integers(0, 3))
 def test_no_site_is_in_two_folds(sites: list[int], folds: int, seed: int) -> None:
     rows = [

@@ -48,7 +48,7 @@ def divided(counts: Counts, folds: int, salt: str = "") -> tuple[int, ...]:
     return tuple(fold_of[f"site{site:02d}"] for site in range(len(counts)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=3, max_size=7),
     st.integers(2, 3),

@@ -16,7 +16,7 @@ from bagscope.wsi.synthetic import SyntheticSpec, plan_cohort, write_cohort, wri
 from bagscope.wsi.synthetic.cohort import write_alone
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), slides=st.integers(1, 60), sites=st.integers(1, 3), seed=st.integers(0, 9))
 def test_a_planned_cohort_is_what_was_asked_for(
     data: st.DataObject, slides: int, sites: int, seed: int

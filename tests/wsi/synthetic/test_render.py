@@ -46,7 +46,7 @@ def test_blank_windows_are_equal_where_their_keys_are() -> None:
     assert repeated > 20
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     x=st.integers(0, 1000),
     y=st.integers(0, 900),
