@@ -80,12 +80,18 @@ def step_costs(recipe_name: str, sizes: Sequence[int]) -> Iterator[dict[str, flo
     from bagscope.pipeline.recipes import load_recipe
 
     recipe = load_recipe(recipe_name)
-    target = TargetSpec(column="label", classes=("no", "yes"))
-    objective = build_objective([target], recipe.objective).fit(
-        {target.name: np.array([[0.0], [1.0]])}
-    )
+    target, rows = TargetSpec(column="label", classes=("no", "yes")), np.eye(2)[:, 1:]
+    if recipe.regime.options.get("grade"):
+        target = TargetSpec(column="grade", classes=tuple("012345"))
+        rows = np.arange(6.0)[:, None]
+    elif recipe.regime.options.get("residual") == "nll":
+        target = TargetSpec(task="survival", time="months", event="died")
+        rows = np.stack([np.arange(8.0) + 1, np.ones(8)], 1)
+    objective = build_objective([target], recipe.objective).fit({target.name: rows})
     torch.manual_seed(0)
     model = build_model(recipe, FEATURES, objective.outputs).train()
+    if isinstance(model, Regime):
+        model.begin(objective)
     count = _BAGS if isinstance(model, Regime) and model.whole_steps else 1
 
     def bags_of(total: int) -> Bags:
@@ -95,7 +101,7 @@ def step_costs(recipe_name: str, sizes: Sequence[int]) -> Iterator[dict[str, flo
             torch.tensor(np.stack(np.divmod(np.arange(size), edge)[::-1], 1), dtype=torch.int32)
             for size, edge in zip(sizes, edges, strict=True)
         ]
-        labels = torch.arange(count, dtype=torch.float64)[:, None] % 2
+        labels = torch.from_numpy(rows[np.arange(count) % len(rows)])
         bags = Bags.of(
             [torch.randn(size, FEATURES) for size in sizes],
             grid=grids,
