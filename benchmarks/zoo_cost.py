@@ -64,7 +64,7 @@ def _end_of(run: subprocess.CompletedProcess[str]) -> str:
         return f"a step took more than {MOST_SECONDS:.0f} s"
     if "MemoryError" in said or "allocate" in said or run.returncode < 0:
         return f"a step needed more than {MOST_GIB:.0f} GB"
-    return said[:200]
+    return said.removeprefix("bagscope.errors.ConfigError: ")
 
 
 def step_costs(recipe_name: str, sizes: Sequence[int]) -> Iterator[dict[str, float]]:

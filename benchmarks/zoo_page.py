@@ -34,7 +34,8 @@ paired. Seconds are of one fold's training on one core. Numbers compare recipes 
 budget; with their own widths and epochs they may come to more."""
 COSTS = """\
 Seconds of a training step, and memory above the bag, at the recipes' own widths and 1,024
-features; float32, all cores. A curve ends where a step passes 60 s or 16 GB."""
+features; float32, all cores. A curve ends where a step passes 60 s or 16 GB. In the plot
+regimes are dashed."""
 HEADER = "| | AUROC of bags (95 %) | less ABMIL (95 %) | AUROC of tiles | seconds | parameters |"
 
 
@@ -184,6 +185,7 @@ def cost_section(work: Path, recipes: Sequence[str]) -> list[str]:
         f"| | {' | '.join(f'{tiles:,}' for tiles in SIZES)} |",
         f"|---|{'---:|' * len(SIZES)}",
     ]
+    refused = []
     for recipe, results in found.items():
         cells = []
         for tiles in SIZES:
@@ -192,8 +194,11 @@ def cost_section(work: Path, recipes: Sequence[str]) -> list[str]:
                 cells.append(f"{result['seconds']:.3g} s, {result['mib']:,.0f} MiB")
             else:
                 cells.append(result.get("ended", ""))
-        lines.append(f"| {recipe} | {' | '.join(cells)} |")
-    return lines
+        if any("mib" in result for result in results.values()):
+            lines.append(f"| {recipe} | {' | '.join(cells)} |")
+        else:
+            refused += ["", f"{recipe}: {cells[0]}."]
+    return lines + refused
 
 
 def draw(found: dict[str, dict[int, dict[str, Any]]]) -> None:
@@ -205,17 +210,21 @@ def draw(found: dict[str, dict[int, dict[str, Any]]]) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "zoo"
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
-    colours = pyplot.get_cmap("tab20")
-    for number, (recipe, results) in enumerate(found.items()):
-        there = {tiles: one for tiles, one in results.items() if "mib" in one}
+    colours = pyplot.get_cmap("tab10")
+    drawn = {
+        recipe: {tiles: one for tiles, one in results.items() if "mib" in one}
+        for recipe, results in found.items()
+    }
+    for number, (recipe, there) in enumerate((r, one) for r, one in drawn.items() if one):
         style = "--" if load_recipe(recipe).regime.name != "full" else "-"
         for axis, key in zip(axes, ("seconds", "mib"), strict=True):
             axis.plot(
                 list(there),
                 [max(one[key], 1e-3) for one in there.values()],
                 style,
-                color=colours(number % 20),
-                marker=".",
+                color=colours(number % 10),
+                marker="os^D"[number // 10 % 4],
+                markersize=4,
                 linewidth=1.2,
                 label=recipe,
             )
