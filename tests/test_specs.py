@@ -35,7 +35,7 @@ def test_every_finding_is_listed_with_its_value() -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ("balenced", "here: objective.class_weights is 'balenced': input should be 'none' or "),
+        ("balansed", "here: objective.class_weights is 'balansed': input should be 'none' or "),
         ([1, -2], "here: objective.class_weights.1 is -2: "),
     ],
 )
