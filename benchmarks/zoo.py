@@ -162,13 +162,13 @@ def recipe_of(name: str, full: bool) -> TrainSpec:
     options = widths(recipe.aggregator.name, 64, 32, **NARROW)
     for key in MEANINGLESS.get(name, ()):
         del options[key]
-    is_embedded = recipe.regime.name == "mhim"
-    regime = {"embedding": {"width": 64, "dropout": 0.0}} if is_embedded else {}
+    narrow = {"embedding": {"width": 64, "dropout": 0.0}}
+    regime = {"regime": {"options": narrow}} if recipe.regime.name == "mhim" else {}
     return load_recipe(
         name,
         {
             "aggregator": {"options": options},
-            "regime": {"options": regime},
+            **regime,
             "bags": {
                 "bags_per_step": bags_per_step,
                 "standardise": recipe.regime.name != "two_stage",
