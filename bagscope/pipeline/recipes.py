@@ -28,8 +28,7 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> TrainSpe
     """Return a recipe with options laid over it.
 
     Where they name another aggregator or regime, or another aggregator of a coarse stage, nothing
-    is kept of what the recipe sets for its own one; where
-    they give an empty block, nothing is kept of it either.
+    is kept of what the recipe sets for its own one; nor of a block that they give empty.
 
     Args:
         name: of a recipe that comes with bagscope, or a YAML file.
