@@ -327,6 +327,7 @@ def test_deep_link_leads_to_layer_and_place_and_follows_the_view(
         page.goto(link)
         wait_until(page, "bagscope.isViewReady()")
         assert page.evaluate("bagscope.view()") == wanted | {"layer": "squares", "rotation": 180}
+        settled(page)
         page.goto((bundle / "index.html").as_uri() + "#slide/nobody")
         assert "no slide nobody" in page.locator("#fault").inner_text()
 
