@@ -12,6 +12,7 @@ from bagscope.errors import ArtifactError, CohortError, ConfigError, SchemaError
 from bagscope.features.store import FeatureStore
 from bagscope.mil.cases import CaseTable, Per, cases_of
 from bagscope.mil.objectives.objective import build_objective
+from bagscope.mil.objectives.spec import EntropySpec
 from bagscope.mil.places import require_places
 from bagscope.mil.recipe import TrainSpec
 from bagscope.mil.regimes.registry import build_model, refuse_impossible
@@ -128,7 +129,8 @@ def require_learnable(
             fitted = objective.fit(labels)
         except CohortError as error:
             raise CohortError(f"split {split.name}: {error}") from error
-        if number == 0:
+        # Weights are what may find no term; what a first step loads takes seconds.
+        if number == 0 and (recipe.objective.terms or recipe.objective.entropy != EntropySpec()):
             with torch.random.fork_rng(devices=[]):
                 require_step(model, fitted, labels, dimension)
     blind = [split.name for split in plan.splits if not split.val]
