@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer import Typer
 from typer.testing import CliRunner
 
 from bagscope.cli.app import app
@@ -25,6 +26,11 @@ class Ran:
 @pytest.fixture
 def bagscope() -> Callable[..., Ran]:
     """Run the command line in this process, as `main` would."""
+    return runner_of(app)
+
+
+def runner_of(app: Typer) -> Callable[..., Ran]:
+    """Return what runs an app with the exit codes and messages of `main`."""
 
     def run(*arguments: object) -> Ran:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -27,7 +27,7 @@ from bagscope.kernels.segments import bag_of_tile
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
 from bagscope.mil.aggregators.layers import in_parts, linear
 from bagscope.mil.aggregators.mamba import Way
-from bagscope.mil.aggregators.rolling import pulled_through
+from bagscope.mil.aggregators.rolling import pulled_through, pulled_through_softmax
 
 _EPS = 1e-8
 _BLOCK = 32
@@ -53,15 +53,10 @@ class RegionAttention(nn.Module):
 
     def pulled(self, x: Tensor, regions: Way, weights: Tensor) -> Tensor:
         """Return weights (T,) of what tiles learn as those of whom they learn it; see `rolling`."""
-        q, k, v = self._asked(x, regions)
-
-        def attend(values: Tensor) -> Tensor:
-            wide = functional.pad(values, (0, v.shape[-1] - values.shape[-1]))
-            return varlen_self_attention(q, k, wide, regions.borders)[..., :1]
-
+        q, k, _ = self._asked(x, regions)
         # Places that no tile stands for ask for nothing, and what falls on them is lost.
         asking = weights.new_zeros(len(q)).index_copy(0, regions.places, weights)
-        return pulled_through(attend, asking, v)[regions.places]
+        return pulled_through_softmax(q, k, asking, regions.borders)[regions.places]
 
     def _asked(self, x: Tensor, regions: Way) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values (P, H, d) of the places in regions."""

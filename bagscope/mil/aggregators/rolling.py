@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bagscope.kernels.segments import bag_of_tile
+from bagscope.kernels.varlen_self_attention import varlen_self_attention
 
 Product = Callable[[Tensor], Tensor | None]
 """Weights w (T,) of a layer's rows to wᵀA (T,); None where it can't be told in linear memory."""
@@ -71,6 +73,19 @@ def pulled_through(
                 share = torch.where(sums > 0, share / sums, 0.0)
         (found,) = torch.autograd.grad(out, values, share.contiguous())
     return found.sum((-2, -1)).to(weights.dtype)
+
+
+def pulled_through_softmax(
+    q: Tensor, k: Tensor, weights: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Return `pulled_through` of softmax attention between a bag's rows, q and k (T, H, d)."""
+
+    def attend(values: Tensor) -> Tensor:
+        # Values as wide as keys are, which is what the operation takes.
+        wide = functional.pad(values, (0, q.shape[-1] - values.shape[-1]))
+        return varlen_self_attention(q, k, wide, cu_seqlens, scale=scale)[..., :1]
+
+    return pulled_through(attend, weights, q)
 
 
 def pulled_to_tiles(weights: Tensor, of_tiles: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -21,7 +21,11 @@ from bagscope.kernels.linear_attention.agent import ask_agents
 from bagscope.kernels.varlen_self_attention import varlen_self_attention
 from bagscope.mil.aggregators.layers import in_parts, linear
 from bagscope.mil.aggregators.query_scores import log_weights, query_scores
-from bagscope.mil.aggregators.rolling import pulled_through, pulled_to_tiles
+from bagscope.mil.aggregators.rolling import (
+    pulled_through,
+    pulled_through_softmax,
+    pulled_to_tiles,
+)
 
 
 class MAB(nn.Module):
@@ -80,12 +84,7 @@ class MAB(nn.Module):
     def pulled_between(self, x: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
         """Return what tiles' weights (T,) become on the tiles that `between_tiles` reads: (T,)."""
         q, k = self._split(linear(x, self.fc_q)), self._split(linear(x, self.fc_k))
-
-        def attend(values: Tensor) -> Tensor:
-            wide = functional.pad(values, (0, q.shape[-1] - values.shape[-1]))
-            return varlen_self_attention(q, k, wide, cu_seqlens, scale=self.scale)[..., :1]
-
-        return pulled_through(attend, weights, q)
+        return pulled_through_softmax(q, k, weights, cu_seqlens, scale=self.scale)
 
     def between_tiles(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return what tiles (T, D) learn of all tiles of their bag: (T, width)."""

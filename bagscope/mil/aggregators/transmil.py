@@ -41,7 +41,12 @@ from bagscope.mil.aggregators.lean_layers import (
 )
 from bagscope.mil.aggregators.ppeg import PPEG
 from bagscope.mil.aggregators.registry import Aggregator, register
-from bagscope.mil.aggregators.rolling import pulled_through, rolled_back, shares_of
+from bagscope.mil.aggregators.rolling import (
+    pulled_through,
+    pulled_through_softmax,
+    rolled_back,
+    shares_of,
+)
 from bagscope.mil.bags import BagOutput, Bags, segment_softmax
 from bagscope.specs import Spec
 
@@ -190,14 +195,13 @@ class Attention(nn.Module):
         """Return Σ_i w_i N_ij (R,), the mean over heads; the convolution is left out."""
         parts = linear(self.norm(x).to(narrow), self.qkv)
         q, k, _ = parts.view(len(x), 3, self.options.heads, -1).unbind(1)
+        if self.options.attention == "exact":
+            return pulled_through_softmax(q, k, weights, rows.borders)
 
         def attend(values: Tensor) -> Tensor:
             width = values.shape[-1]
             wide = functional.pad(values, (0, q.shape[-1] - width))
-            if self.options.attention == "exact":
-                found = varlen_self_attention(q, k, wide, rows.borders)
-            else:
-                found, _ = nystrom_attention(q, k, wide, rows.borders, **self.how)
+            found, _ = nystrom_attention(q, k, wide, rows.borders, **self.how)
             return found[..., :width]
 
         return pulled_through(attend, weights, q)

@@ -14,15 +14,13 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 from torch import nn
-from typer.testing import CliRunner
 
 from bagscope.cli.encoders import encoders
-from bagscope.errors import BagscopeError, ConfigError, FingerprintMismatch
 from bagscope.features.encoders import registry
 from bagscope.features.encoders.registry import Registered
 from bagscope.features.encoders.spec import EncoderSpec
 from bagscope.features.encoders.weights import WeightSource, hub_file, read_state_dict
-from tests.cli.conftest import Ran
+from tests.cli.conftest import Ran, runner_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Command = Callable[..., Ran]
@@ -134,17 +132,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 @pytest.fixture
 def command() -> Command:
     """Run `bagscope encoders ...` in this process, as `main` would."""
-
-    def run(*arguments: object) -> Ran:
-        result = CliRunner().invoke(encoders, [str(argument) for argument in arguments])
-        if isinstance(result.exception, BagscopeError):
-            usage = isinstance(result.exception, ConfigError | FingerprintMismatch)
-            return Ran(2 if usage else 1, result.stdout, f"{result.stderr}{result.exception}")
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return Ran(result.exit_code, result.stdout, result.stderr)
-
-    return run
+    return runner_of(encoders)
 
 
 def lines(ran: Ran) -> list[dict[str, Any]]:
