@@ -389,3 +389,23 @@ def test_reduced_motion_moves_at_once(browser: Any, bundle: Path) -> None:
         view = page.evaluate("bagscope.view()")
         settled(page)
         assert page.evaluate("bagscope.view()") == view
+
+
+def test_link_is_followed_though_the_view_changes_at_that_moment(
+    browser: Any, bundle: Path
+) -> None:
+    wanted = {"layer": "inverse", "x": 7000, "y": 2000, "zoom": 0.25}
+    with watched_page(browser, bundle, reduced_motion="reduce") as page:
+        open_at(page, bundle, f"#slide/{BOARD}")
+        # The page hears of an address only later; a key arrives before it does.
+        page.evaluate(
+            """(hash) => {
+              location.hash = hash;
+              document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "1", bubbles: true }));
+            }""",
+            f"#slide/{BOARD}?layer=inverse&x=7000&y=2000&zoom=0.25",
+        )
+        settled(page)
+        view = page.evaluate("bagscope.view()")
+        assert {name: view[name] for name in wanted} == wanted
+        assert "layer=inverse&x=7000&y=2000&zoom=0.25" in page.url

@@ -7,6 +7,8 @@
   let cohort = null;
   let shownKey = null;
   let opening = 0;
+  // The address's hash as it was followed or written last.
+  let known = null;
 
   const hrefOf = (slide) => `#slide/${encodeURIComponent(slide.key)}`;
 
@@ -19,9 +21,9 @@
     };
   }
 
-  /** The slide's key and the query of the address; no key where it names no slide. */
-  function addressed() {
-    const [, name, query] = /^#slide\/([^?]*)\??(.*)$/.exec(location.hash) ?? [];
+  /** The slide's key and the query of a hash; no key where it names no slide. */
+  function addressed(hash) {
+    const [, name, query] = /^#slide\/([^?]*)\??(.*)$/.exec(hash) ?? [];
     try {
       return { key: name && decodeURIComponent(name), query };
     } catch {
@@ -30,7 +32,8 @@
   }
 
   async function route() {
-    const { key, query } = addressed();
+    known = location.hash;
+    const { key, query } = addressed(known);
     if (key === undefined) return showCohort();
     const slide = cohort.slides.find((one) => one.key === key);
     if (slide) return showSlide(slide, viewOf(query));
@@ -94,10 +97,11 @@
   function keepView() {
     const slide = cohort.slides.find((one) => one.key === shownKey);
     if (!slide || !bagscope.isViewReady()) return;
-    // The address may name another slide already, which is to be opened next.
-    if (addressed().key !== shownKey) return;
+    // A link that was followed just now, and has not been read yet, must not be written over.
+    if (location.hash !== known) return;
     const wanted = Object.entries(bagscope.view()).filter(([, value]) => value !== undefined);
     history.replaceState(null, "", `${hrefOf(slide)}?${new URLSearchParams(wanted)}`);
+    known = location.hash;
   }
 
   function importFile(event) {
