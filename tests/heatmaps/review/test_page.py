@@ -401,7 +401,8 @@ def test_link_is_followed_though_the_view_changes_at_that_moment(
         page.evaluate(
             """(hash) => {
               location.hash = hash;
-              document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "1", bubbles: true }));
+              const press = new KeyboardEvent("keydown", { key: "1", bubbles: true });
+              document.body.dispatchEvent(press);
             }""",
             f"#slide/{BOARD}?layer=inverse&x=7000&y=2000&zoom=0.25",
         )
