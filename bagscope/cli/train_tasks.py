@@ -82,7 +82,12 @@ def _print_plan(planned: PlannedSequences, as_json: bool) -> None:
 def _print_result(result: ContinualResult, as_json: bool) -> None:
     if as_json:
         console.print_json(
-            "tasks", {"folder": str(result.folder), "ways": (result.found or {}).get("ways")}
+            "tasks",
+            {
+                "folder": str(result.folder),
+                "ways": (result.found or {}).get("ways"),
+                "bundles": {name: str(path) for name, path in result.bundles.items()},
+            },
         )
         return
     for note in result.notes:
@@ -93,3 +98,5 @@ def _print_result(result: ContinualResult, as_json: bool) -> None:
     if result.found is not None:
         typer.echo((result.folder / TABLE_NAME).read_text(encoding="utf-8"))
         typer.echo(f"written: {result.folder / TABLE_NAME}, {result.folder / RESULT_NAME}")
+        names = ", ".join(path.name for path in result.bundles.values())
+        typer.echo(f"models for bagscope predict --model, of what is left of each task: {names}")

@@ -4,13 +4,14 @@
 member, then those of each way of learning. Each is a member as any other. A sequence is trained in
 a process that is given training and inner-validation cases of all tasks and a store that knows
 their slides alone; another process tests it. Of a split, a patient is on one side in every task.
+At the end `<task>.bagscope` holds, for `predict`, what of each task the adapters leave.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,8 @@ class SequenceTask:
     spec: TasksSpec
     tasks: tuple[LearntTask, ...]
     location: str
+    repeat: int
+    fold: int
     seed: int
     device: str
     threads: int
@@ -136,13 +139,19 @@ class PlannedSequences:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContinualResult:
-    """How it ended; `found` is what stands in the result file, None where it is not written."""
+    """How it ended.
+
+    Attributes:
+        found: what stands in the result file; None where it is not written.
+        bundles: by task, what predicts it after all are learnt.
+    """
 
     folder: Path
     trained: RunReport
     tested: RunReport | None
     found: Mapping[str, Any] | None
     notes: tuple[str, ...]
+    bundles: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -251,6 +260,8 @@ def plan_continual(
                     for task, own in zip(spec.tasks, each, strict=True)
                 ),
                 location=location,
+                repeat=split.repeat,
+                fold=split.fold,
                 seed=seed,
                 device=request.device,
                 threads=threads,
@@ -385,7 +396,39 @@ def continual_run(
     found: dict[str, Json] = summed_up(planned)
     artifacts.write_json(planned.folder / RESULT_NAME, found)
     artifacts.write_text(planned.folder / TABLE_NAME, table_of(found))
-    return dataclasses.replace(result, tested=tested, found=found)
+    bundles = bundle_tasks(planned)
+    return dataclasses.replace(result, tested=tested, found=found, bundles=bundles)
+
+
+def bundle_tasks(planned: PlannedSequences) -> dict[str, Path]:
+    """Write a bundle per task, of every sequence's adapted model at the end; return their paths."""
+    from bagscope.features.store import FeatureStore
+    from bagscope.mil.bundle import MemberPlace, write_bundle
+    from bagscope.mil.cases import slides_of
+    from bagscope.mil.feature_origin import origin_of
+    from bagscope.pipeline.continual_worker import left_folder
+
+    bundles = {}
+    for number, task in enumerate(planned.spec.tasks):
+        learnt = [one.tasks[number] for one in planned.sequences.values()]
+        slides = slides_of(case for one in learnt for case in (*one.train, *one.inner))
+        location = next(iter(planned.sequences.values())).location
+        store = FeatureStore.open(location, only=slides)
+        bundles[task.name] = planned.folder / f"{task.name}.bagscope"
+        write_bundle(
+            bundles[task.name],
+            run=planned.folder.name,
+            per=next(iter(planned.sequences.values())).recipe.bags.per,
+            origin=origin_of(store.record(slide_id) for slide_id in store.slide_ids),
+            members=[
+                (
+                    MemberPlace(name=name, repeat=one.repeat, fold=one.fold, seed=one.seed),
+                    left_folder(one, number, "owlora"),
+                )
+                for name, one in planned.sequences.items()
+            ],
+        )
+    return bundles
 
 
 def train_one(job: Job) -> StageResult:

@@ -1,4 +1,9 @@
-"""What a worker does for a sequence of tasks: learns one after the other, or tests them all."""
+"""What a worker does for a sequence of tasks: learns one after the other, or tests them all.
+
+The first task's member lies in `0_<task>/` of the sequence's folder, a later one's, as it was just
+learnt, in `<way>/<number>_<task>/`, and an earlier task's head on the body that the last task left
+in `<way>/left_<number>_<task>/`. `tested.json` holds the matrices.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ from bagscope.mil.inference import outputs
 from bagscope.mil.member import FACTS_NAME, Member, load_member, read_facts, save_member
 from bagscope.mil.ood import reference_of
 from bagscope.mil.sources import StoreSource
-from bagscope.mil.training.finishing import finish
+from bagscope.mil.training.finishing import calibrated, finish
 from bagscope.mil.training.history import Epoch
 from bagscope.mil.training.optimisation import Weights
 from bagscope.mil.training.state import STATE_NAME, read_state
@@ -67,6 +72,7 @@ def train_sequence(name: str, task: SequenceTask) -> StageResult:
             done.append(is_new)
             digest = str(_facts(member_folder(task, number, way))["weights_sha256"])
             digests.append(digest)
+        done.extend(_leave(task, store, number, way) for number in range(len(task.tasks) - 1))
     return StageResult(
         outcome="done" if any(done) else "skipped",
         fingerprint=artifacts.fingerprint({"members": digests}),
@@ -78,6 +84,13 @@ def member_folder(task: SequenceTask | SequenceTest, number: int, way: Way) -> P
     """Return the folder of a task's member; the first task's is of both ways."""
     name = f"{number}_{task.spec.tasks[number].name}"
     return task.folder / name if number == 0 else task.folder / way / name
+
+
+def left_folder(task: SequenceTask | SequenceTest, number: int, way: Way) -> Path:
+    """Return the folder of the member that answers for a task once all are learnt."""
+    if number == len(task.spec.tasks) - 1:
+        return member_folder(task, number, way)
+    return task.folder / way / f"left_{number}_{task.spec.tasks[number].name}"
 
 
 def _learn(
@@ -152,6 +165,35 @@ def _learn(
     return {"owlora": kept, "finetune": learnt.weights}, True
 
 
+def _leave(task: SequenceTask, store: FeatureStore, number: int, way: Way) -> bool:
+    """Write what is left of an earlier task at the end, or find it there; return whether it is new.
+
+    The body is another one than the task was learnt with, so it is calibrated anew.
+    """
+    one, folder = task.tasks[number], left_folder(task, number, way)
+    own = load_member(member_folder(task, number, way))
+    last_folder = member_folder(task, len(task.tasks) - 1, way)
+    fields: dict[str, Json] = {
+        **own.fields,
+        "stage": "continual-left",
+        "last": str(_facts(last_folder)["weights_sha256"]),
+    }
+    made = read_facts(folder)
+    if made is not None and not artifacts.differing_fields(made["fields"], fields):
+        return False
+    member = dataclasses.replace(on_body_of(own, load_member(last_folder)), fields=fields)
+    inner = StoreSource(store, one.inner) if one.inner else None
+    logits = member.infer(inner, task.device).logits if inner else None
+    save_member(calibrated(member, inner, logits), folder)
+    return True
+
+
+def on_body_of(own: Member, later: Member) -> Member:
+    """Return a task's member on the body that a later task left."""
+    heads = heads_of_recipe(own.recipe, own.features, own.objective.outputs)
+    return dataclasses.replace(own, weights=with_body_of(own.weights, later.weights, heads))
+
+
 def _fields(
     task: SequenceTask, one: LearntTask, store: FeatureStore, number: int, way: Way, digest: str
 ) -> dict[str, Json]:
@@ -217,12 +259,8 @@ def _matrices(test: SequenceTest, store: FeatureStore, way: Way) -> dict[str, Js
         for earlier in range(later + 1):
             if not test.cases[earlier]:
                 continue
-            own = members[earlier]
-            heads = heads_of_recipe(own.recipe, own.features, own.objective.outputs)
-            weights = with_body_of(own.weights, left_by.weights, heads)
-            asked = dataclasses.replace(own, weights=weights)
             right[later, earlier], placed[later, earlier] = _ask(
-                asked, test, store, test.cases[earlier]
+                on_body_of(members[earlier], left_by), test, store, test.cases[earlier]
             )
     return {"accuracy": _plain(right), "tile_auroc": _plain(placed)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,10 @@ def test_tasks_are_learnt_in_order_and_what_is_left_is_told(
     # The first task is learnt once; each later one in every way, as a member like any other.
     one = folder / "r0_f0_s0"
     names = {str(path.parent.relative_to(one)) for path in one.rglob("member.json")}
-    assert names == {"0_first", "owlora/1_second", "finetune/1_second"}
+    assert names == {
+        "0_first", "owlora/1_second", "finetune/1_second", "owlora/left_0_first",
+        "finetune/left_0_first",
+    }  # fmt: skip
     member = load_member(one / "owlora" / "1_second")
     assert member.recipe.regime.name == "full" and member.targets[0].classes == ("1", "0")
     before, again = members(folder), run(made, "--annotations", str(tasks.parent / "truth"))
@@ -110,6 +114,24 @@ def test_tasks_are_learnt_in_order_and_what_is_left_is_told(
     for name in ("member.json", "member.safetensors"):
         (one / "finetune" / "1_second" / name).unlink()
     assert run(made).exit_code == 0 and members(folder) == before
+    # What is left of the first task, out of its bundle, is right as often as the matrix says.
+    out = tasks.parent / "said"
+    said = invoke(
+        "predict", str(folder / "first.bagscope"), str(study), "--features", str(made[1]),
+        "--out", str(out), "--members", "all",
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    with (out / "predictions.csv").open(newline="", encoding="utf-8") as handle:
+        rows = {(row["fold"], row["case_id"]): row for row in csv.DictReader(handle)}
+    request = TrainRequest(targets=(), recipe="comel", features=str(made[1]))
+    for test in plan_continual(open_study(study), request, tasks).tests.values():
+        fold = test.folder.name[4]
+        right = [
+            (float(rows[fold, one.case_id]["label_p_1"]) > 0.5) == one.targets["label"][0]
+            for one in test.cases[0]
+        ]
+        tested = json.loads((test.folder / "tested.json").read_text(encoding="utf-8"))
+        assert np.mean(right) == tested["ways"]["owlora"]["accuracy"][1][0]
     other = run(made, "--set", "training.epochs=3")
     assert other.exit_code == 1 and "--overwrite" in other.output
 

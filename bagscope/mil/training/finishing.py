@@ -5,6 +5,7 @@ Each of the two is fitted or not by itself, and where it is not, the member says
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,52 +48,73 @@ def finish(
     fields: Mapping[str, Json],
 ) -> Member:
     """Return the member, calibrated on the inner validation part where that is large enough."""
-    temperatures: dict[str, float] = {}
-    uncalibrated: dict[str, str] = {}
-    thresholds: dict[str, float] = {}
-    unchosen: dict[str, str] = {}
-    for target in trained.objective.targets:
-        name = target.name
-        if target.task != "classes":
-            uncalibrated[name] = f"{target.task} has no temperature here"
-            continue
-        part = _inner_of(target, trained, inner)
-        temperature = _temperature(part, recipe)
-        if isinstance(temperature, Skipped):
-            uncalibrated[name] = temperature.reason
-        else:
-            temperatures[name] = temperature
-        if len(target.classes) == 2:
-            threshold = _threshold(part, recipe, temperatures.get(name, 1.0))
-            if isinstance(threshold, Skipped):
-                unchosen[name] = threshold.reason
-            thresholds[name] = HALF if isinstance(threshold, Skipped) else threshold
-    return Member(
+    member = Member(
         recipe=recipe,
         targets=tuple(trained.objective.targets),
         objective=trained.objective,
         weights=trained.weights,
         statistics=trained.statistics,
-        temperatures=temperatures,
-        uncalibrated=uncalibrated,
-        thresholds=thresholds,
-        unchosen=unchosen,
         seed=seed,
         epoch=trained.epoch,
         epochs=len(trained.history),
         fields=fields,
     )
+    return calibrated(member, inner, trained.inner_logits)
 
 
-def _inner_of(target: TargetSpec, trained: Trained, inner: BagSource | None) -> _Inner | Skipped:
-    if inner is None or trained.inner_logits is None:
+def calibrated(
+    member: Member, inner: BagSource | None, inner_logits: NDArray[np.float64] | None
+) -> Member:
+    """Return a member with temperatures and thresholds of its own for its weights.
+
+    Args:
+        member: whatever temperatures and thresholds it has are replaced.
+        inner: the inner validation part; None for none.
+        inner_logits: (n, C) that the member's weights give its cases.
+    """
+    temperatures: dict[str, float] = {}
+    uncalibrated: dict[str, str] = {}
+    thresholds: dict[str, float] = {}
+    unchosen: dict[str, str] = {}
+    for target in member.targets:
+        name = target.name
+        if target.task != "classes":
+            uncalibrated[name] = f"{target.task} has no temperature here"
+            continue
+        part = _inner_of(target, member, inner, inner_logits)
+        temperature = _temperature(part, member.recipe)
+        if isinstance(temperature, Skipped):
+            uncalibrated[name] = temperature.reason
+        else:
+            temperatures[name] = temperature
+        if len(target.classes) == 2:
+            threshold = _threshold(part, member.recipe, temperatures.get(name, 1.0))
+            if isinstance(threshold, Skipped):
+                unchosen[name] = threshold.reason
+            thresholds[name] = HALF if isinstance(threshold, Skipped) else threshold
+    return dataclasses.replace(
+        member,
+        temperatures=temperatures,
+        uncalibrated=uncalibrated,
+        thresholds=thresholds,
+        unchosen=unchosen,
+    )
+
+
+def _inner_of(
+    target: TargetSpec,
+    member: Member,
+    inner: BagSource | None,
+    inner_logits: NDArray[np.float64] | None,
+) -> _Inner | Skipped:
+    if inner is None or inner_logits is None:
         return Skipped(reason="there is no inner validation part")
     labels = np.array([case.targets[target.name][0] for case in inner.cases])
     known = ~np.isnan(labels)
     if not known.any():
         return Skipped(reason="no inner validation case has its label")
     return _Inner(
-        logits=trained.inner_logits[known, trained.objective.slices[target.name]],
+        logits=inner_logits[known, member.objective.slices[target.name]],
         classes=labels[known].astype(np.int64),
         patients=np.array([case.patient_id for case in inner.cases])[known],
         names=target.classes,
