@@ -26,6 +26,24 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+def refuse_unused(spec: Spec, *names: str, of: str, now: str) -> None:
+    """Refuse options that were chosen and that another option leaves without use.
+
+    Args:
+        spec: that is being checked.
+        names: of the options.
+        of: what they belong to.
+        now: what there is in its place.
+
+    Raises:
+        ValueError: names the first of them; for pydantic's validators.
+    """
+    for name in names:
+        default = type(spec).model_fields[name].default
+        if getattr(spec, name) != default:
+            raise ValueError(f"{name} is of {of}, and {now}; leave it at {default}")
+
+
 def parse_spec(kind: type[SpecT], values: Mapping[str, Any], *, where: str) -> SpecT:
     """Build a spec from untrusted values.
 

@@ -22,7 +22,7 @@ from bagscope.mil.aggregators.layers import Projection, affine, draw_seed, xavie
 from bagscope.mil.aggregators.mamba import CoreName, Mixer, Way, Ways, reordered, strided
 from bagscope.mil.aggregators.registry import Aggregator, register
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms
-from bagscope.specs import Spec
+from bagscope.specs import Spec, refuse_unused
 
 Order = Literal["stored", "raster", "hilbert"]
 
@@ -55,11 +55,10 @@ class MambaMILOptions(Spec):
 
     @model_validator(mode="after")
     def _used(self) -> MambaMILOptions:
-        fields = type(self).model_fields
-        if self.rate != fields["rate"].default and self.ways != "sr":
-            raise ValueError(f"rate is of ways sr, and ways is {self.ways}; leave it out")
-        if self.head != fields["head"].default and self.core != "mamba2":
-            raise ValueError(f"head is of core mamba2, and core is {self.core}; leave it out")
+        if self.ways != "sr":
+            refuse_unused(self, "rate", of="ways sr", now=f"ways is {self.ways}")
+        if self.core != "mamba2":
+            refuse_unused(self, "head", of="core mamba2", now=f"core is {self.core}")
         return self
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bagscope.errors import ConfigError
@@ -24,7 +24,7 @@ from bagscope.mil.aggregators.registry import Aggregator, register
 from bagscope.mil.aggregators.rolling import rolled_back
 from bagscope.mil.aggregators.set_layers import ISAB, MAB, PMA, SAB
 from bagscope.mil.bags import BagOutput, Bags
-from bagscope.specs import Spec
+from bagscope.specs import Spec, refuse_unused
 
 
 class SetTransformerOptions(Spec):
@@ -42,6 +42,12 @@ class SetTransformerOptions(Spec):
     seed_blocks: int = Field(default=2, ge=0, description="blocks between the pooled seeds")
     layer_norm: bool = Field(default=False, description="whether blocks have layer norms")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of what a block gives the tiles")
+
+    @model_validator(mode="after")
+    def _used(self) -> SetTransformerOptions:
+        if self.attention == "full":
+            refuse_unused(self, "inducing", of="attention induced", now="attention is full")
+        return self
 
 
 @register(

@@ -48,7 +48,7 @@ from bagscope.mil.aggregators.rolling import (
     shares_of,
 )
 from bagscope.mil.bags import BagOutput, Bags, segment_softmax
-from bagscope.specs import Spec
+from bagscope.specs import Spec, refuse_unused
 
 LEAST_SHARE = 1e-3
 """Of an even share of the attention: what tiles of less, or of negative weight, are shown with."""
@@ -96,12 +96,9 @@ class TransMILOptions(Spec):
 
     @model_validator(mode="after")
     def _of_nystrom(self) -> TransMILOptions:
-        fields = type(self).model_fields
-        for name in ("landmarks", "iterations", "faithful_pads", "faithful_start"):
-            if self.attention == "exact" and getattr(self, name) != fields[name].default:
-                raise ValueError(
-                    f"{name} is of attention nystrom, and attention is exact; leave it out"
-                )
+        names = ("landmarks", "iterations", "faithful_pads", "faithful_start")
+        if self.attention == "exact":
+            refuse_unused(self, *names, of="attention nystrom", now="attention is exact")
         return self
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,6 +34,7 @@ from bagscope.mil.aggregators.mixers import MIXERS, Mixer, MixerName, MixerOptio
 from bagscope.mil.aggregators.registry import Aggregator, register
 from bagscope.mil.aggregators.rolling import rolled_back, shares_of
 from bagscope.mil.bags import BagOutput, Bags, PoolingTerms, segment_softmax
+from bagscope.specs import refuse_unused
 
 Pooling = Literal["attention", "mean", "class"]
 _SPREAD = 0.02
@@ -56,6 +57,13 @@ class ViTOptions(MixerOptions):
     layer_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="of what a mixer or an MLP adds"
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> ViTOptions:
+        if self.pooling != "attention":
+            now = f"pooling is {self.pooling}"
+            refuse_unused(self, "attention", of="pooling attention", now=now)
+        return self
 
 
 class Block(nn.Module):

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bagscope.kernels.segments import bag_of_tile
 from bagscope.mil.regimes.draws import ordered
-from bagscope.specs import Spec
+from bagscope.specs import Spec, refuse_unused
 
 HIGH, LOW, RANDOM = 0, 1, 2
 """What a draw is for."""
@@ -49,6 +49,12 @@ class MaskSpec(Spec):
     )
     low: float = Field(default=0.0, ge=0, le=1, description="of those with the lowest scores")
     random: float = Field(default=0.0, ge=0, le=1, description="of all, whatever their score")
+
+    @model_validator(mode="after")
+    def _used(self) -> MaskSpec:
+        if not self.high:
+            refuse_unused(self, "high_within", "high_schedule", of="high", now="high is 0")
+        return self
 
     @property
     def are_any(self) -> bool:

@@ -14,12 +14,14 @@ from bagscope.mil.aggregators.registry import Aggregator, build_aggregator
 from bagscope.mil.bags import Bags
 from tests.kernels.packed import assert_close_to_float64, normal
 
-SMALL: dict[str, Any] = {"hidden": 16, "inducing": 5}
+SMALL: dict[str, Any] = {"hidden": 16}
+FEW: dict[str, Any] = {"inducing": 5}
 
 
 def model_of(features: int = 12, **options: Any) -> Aggregator:
     torch.manual_seed(0)
-    return build_aggregator("set_transformer", features, 2, {**SMALL, **options}).eval()
+    few = {} if options.get("attention") == "full" else FEW
+    return build_aggregator("set_transformer", features, 2, {**SMALL, **few, **options}).eval()
 
 
 def mab(state: dict[str, Tensor], name: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,3 +112,8 @@ def test_heads_must_share_the_width() -> None:
         ConfigError, match=r"hidden is 18, no multiple of the 4 heads; change heads"
     ):
         model_of(hidden=18)
+
+
+def test_inducing_rows_that_no_block_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"inducing is of attention induced.*leave it at 32"):
+        model_of(attention="full", inducing=8)

@@ -20,7 +20,7 @@ from tests.kernels.packed import normal
 from tests.mil.aggregators.test_mixers import bags_of
 from tests.mil.made_bags import TARGET, made_source
 
-SMALL: dict[str, Any] = {"hidden": 16, "layers": 2, "heads": 4, "attention": 8}
+SMALL: dict[str, Any] = {"hidden": 16, "layers": 2, "heads": 4}
 
 
 def model_of(**options: Any) -> ViT:
@@ -161,6 +161,10 @@ def test_training_without_the_places_is_refused_before_it_starts(
         ({"mixer": "flow", "decay": True}, "decay is no option of mixer flow"),
         ({"mixer": "linear", "pooling": "class"}, "mixer linear does not tell; choose pooling"),
         ({"mixer": "nystrom"}, "mixer is 'nystrom'"),
+        (
+            {"pooling": "mean", "attention": 8},
+            "attention is of pooling attention, and pooling is mean",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], what: str) -> None:

@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def model_of(mixer: str, **options: Any) -> ViT:
     torch.manual_seed(0)
-    small = {"hidden": 16, "layers": LAYERS, "heads": HEADS, "mixer": mixer, "attention": 8}
+    small = {"hidden": 16, "layers": LAYERS, "heads": HEADS, "mixer": mixer}
     model = build_aggregator("vit", 12, 2, {**small, **options})
     assert isinstance(model, ViT)
     for parameter in model.parameters():

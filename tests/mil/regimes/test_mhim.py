@@ -332,6 +332,12 @@ def test_around_any_aggregator_it_trains(name: str) -> None:
         ),
         ({"options": {}}, {"masks": {"high": 1.5}}, "less than or equal to 1"),
         ({"options": {}}, {"masks": {"high_within": 0.0}}, "greater than 0"),
+        (
+            {"options": {}},
+            {"masks": {"random": 0.2, "high_within": 0.5}},
+            "high_within is of high, and high is 0; leave it at 1",
+        ),
+        ({"options": {}}, {"masks": {"high_schedule": "cosine"}}, "high_schedule is of high"),
         ({"options": {}}, {"mask": {}}, "did you mean 'masks'"),
         ({"options": {}}, {"student_start": "embedding"}, "there is none; set embedding"),
         (

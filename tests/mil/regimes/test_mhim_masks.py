@@ -65,7 +65,8 @@ def test_each_bag_loses_the_sets_of_the_definition(
     if has_ties:
         scores = scores.round()
     draws = {use: random.random(len(scores)) for use in (HIGH, RANDOM)}
-    spec = MaskSpec(high=high, high_within=within, high_schedule="cosine", low=low, random=chance)
+    ranked = {"high": high, "high_within": within, "high_schedule": "cosine"} if high else {}
+    spec = MaskSpec.model_validate({**ranked, "low": low, "random": chance})
     found = masked_tiles(
         torch.from_numpy(scores)[:, None],
         borders(lengths),
