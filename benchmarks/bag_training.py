@@ -5,6 +5,7 @@ Results are kept one file per training, so that an interrupted benchmark goes on
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -33,11 +34,17 @@ Bag = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labelled:
-    """Bags (n, D) with a label each, and (column, row) of their tiles where they have places."""
+    """Bags (n, D) with a label each.
+
+    Attributes:
+        grids: (column, row) of their tiles, where they have places.
+        parents: which coarser tile holds each, where vectors are [fine ‖ coarse].
+    """
 
     bags: Sequence[Bag]
     labels: NDArray[np.int64]
     grids: Sequence[NDArray[np.int32]] | None = None
+    parents: Sequence[NDArray[np.int64]] | None = None
 
     def source(self, places: NDArray[np.int64]) -> ArraySource:
         """Return some of the bags as a source, a patient each."""
@@ -55,8 +62,30 @@ class Labelled:
             [self.bags[place] for place in places],
             cases,
             grids=None if self.grids is None else [self.grids[place] for place in places],
+            parents=None if self.parents is None else [self.parents[place] for place in places],
             tile_um=math.nan if self.grids is None else TILE_UM,
         )
+
+
+def parents_on(grid: NDArray[np.int32] | None, tiles: int) -> NDArray[np.int64]:
+    """Return which coarser tile (n,) holds each: a square of four; off a lattice, four in a row."""
+    if grid is None:
+        return np.arange(tiles) // 4
+    cells = grid.astype(np.int64) // 2
+    return np.unique(cells, axis=0, return_inverse=True)[1].ravel()
+
+
+def in_two_resolutions(data: Labelled) -> Labelled:
+    """Return bags [fine ‖ coarse]: a coarser tile's vector is the mean of those that it holds."""
+    grids = data.grids or [None] * len(data.bags)
+    parents = [parents_on(grid, len(bag)) for bag, grid in zip(data.bags, grids, strict=True)]
+    bags = []
+    for bag, parent in zip(data.bags, parents, strict=True):
+        coarse = np.zeros((parent.max() + 1, bag.shape[1]), np.float64)
+        np.add.at(coarse, parent, bag)
+        coarse /= np.bincount(parent)[:, None]
+        bags.append(np.concatenate([bag, coarse[parent].astype(np.float32)], 1))
+    return dataclasses.replace(data, bags=bags, parents=parents)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

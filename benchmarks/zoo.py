@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bag_training import TARGET, WORK, kept, score, train, widths
+from bag_training import TARGET, WORK, in_two_resolutions, kept, score, train, widths
 from sklearn.metrics import roc_auc_score
 from zoo_cost import measure
 from zoo_page import write_page
@@ -42,6 +42,8 @@ MEANINGLESS = {
     "mhim_v2": {"hidden", "dropout"},
 }
 """Options that mean nothing in a recipe: one attention, a projection that is the regime's."""
+TWO_STAGE = "two_stage"
+"""Its bags have two resolutions: see `bag_training.in_two_resolutions`."""
 Item = tuple[str, str, int]
 """Task, recipe, fold."""
 
@@ -125,15 +127,16 @@ def trained(task: Task, recipe_name: str, fold: Fold, path: Path, full: bool) ->
     """Return what a recipe says of a fold's test bags, or why it can't be trained on them."""
     try:
         recipe = recipe_of(recipe_name, full)
+        data = in_two_resolutions(task.data) if recipe.regime.name == TWO_STAGE else task.data
         refuse_impossible(recipe, [TARGET])
         began_s = time.perf_counter()
         found = train(
-            recipe, task.data, fold.learn, fold.inner, fold.number, path.with_suffix(".training")
+            recipe, data, fold.learn, fold.inner, fold.number, path.with_suffix(".training")
         )
     except ConfigError as error:
         return {"refused": str(error)}
     seconds = time.perf_counter() - began_s
-    said = score(found, recipe, task.data, fold.test)
+    said = score(found, recipe, data, fold.test)
     tiles = None
     if task.truth is not None:
         of_tiles = [
@@ -164,6 +167,9 @@ def recipe_of(name: str, full: bool) -> TrainSpec:
         del options[key]
     narrow = {"embedding": {"width": 64, "dropout": 0.0}}
     regime = {"regime": {"options": narrow}} if recipe.regime.name == "mhim" else {}
+    if recipe.regime.name == TWO_STAGE:
+        coarse = {"name": "abmil", "options": widths("abmil", 64, 32, dropout=0.0)}
+        regime = {"regime": {"options": {"coarse": coarse}}}
     return load_recipe(
         name,
         {
@@ -171,7 +177,7 @@ def recipe_of(name: str, full: bool) -> TrainSpec:
             **regime,
             "bags": {
                 "bags_per_step": bags_per_step,
-                "standardise": recipe.regime.name != "two_stage",
+                "standardise": recipe.regime.name != TWO_STAGE,
             },
             "optimiser": {"lr": LEARNING_RATE, "schedule": "cosine", "warmup_epochs": 0.0},
             # As many steps for all.

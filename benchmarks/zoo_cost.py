@@ -89,7 +89,9 @@ def step_costs(recipe_name: str, sizes: Sequence[int]) -> Iterator[dict[str, flo
         rows = np.stack([np.arange(8.0) + 1, np.ones(8)], 1)
     objective = build_objective([target], recipe.objective).fit({target.name: rows})
     torch.manual_seed(0)
-    model = build_model(recipe, FEATURES, objective.outputs).train()
+    # Of two resolutions, each has so wide a vector.
+    features = FEATURES * (1 + (recipe.regime.name == "two_stage"))
+    model = build_model(recipe, features, objective.outputs).train()
     if isinstance(model, Regime):
         model.begin(objective)
     count = _BAGS if isinstance(model, Regime) and model.whole_steps else 1
@@ -103,7 +105,7 @@ def step_costs(recipe_name: str, sizes: Sequence[int]) -> Iterator[dict[str, flo
         ]
         labels = torch.from_numpy(rows[np.arange(count) % len(rows)])
         bags = Bags.of(
-            [torch.randn(size, FEATURES) for size in sizes],
+            [torch.randn(size, features) for size in sizes],
             grid=grids,
             targets={target.name: labels},
         )
@@ -136,7 +138,7 @@ def step_costs(recipe_name: str, sizes: Sequence[int]) -> Iterator[dict[str, flo
 
 
 def _with_places(bags: Any) -> Any:
-    """Return bags whose tiles also have coordinates in micrometres."""
+    """Return bags whose tiles also have coordinates in micrometres, and coarser tiles."""
     from dataclasses import replace
 
     import torch
@@ -145,6 +147,8 @@ def _with_places(bags: Any) -> Any:
     return replace(
         bags,
         coords_l0=bags.grid * 256,
+        # Numbers of squares of four tiles, on lattices far smaller than 10,000 to a side.
+        parent=(bags.grid.long() // 2 * torch.tensor([10_000, 1])).sum(1),
         slide_ids=bags.bag_ids,
         tile_slide=slides.int(),
         tile_row=torch.arange(len(slides)).int(),

@@ -31,11 +31,12 @@ part, which chooses the epoch. One setting for all: narrow (64, attention 32, tw
 and as many steps), a rate of 1e-3 with a cosine, no tuning. AUROC is the mean over
 folds, with a bootstrap of bags within folds and classes; the difference from ABMIL is
 paired. Seconds are of one fold's training on one core. Numbers compare recipes at one
-budget; with their own widths and epochs they may come to more."""
+budget; with their own widths and epochs they may come to more. two_stage is given each
+tile beside the mean of its square of four (of four in a row where there are no places)."""
 COSTS = """\
 Seconds of a training step, and memory above the bag, at the recipes' own widths and 1,024
-features; float32, all cores. A curve ends where a step passes 60 s or 16 GB. In the plot
-regimes are dashed."""
+features (two_stage: of either resolution); float32, all cores. A curve ends where a step
+passes 60 s or 16 GB. In the plot regimes are dashed."""
 HEADER = "| | AUROC of bags (95 %) | less ABMIL (95 %) | AUROC of tiles | seconds | parameters |"
 
 
