@@ -9,6 +9,7 @@ The blocks stand in ilra_layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 from pydantic import Field
@@ -19,7 +20,7 @@ from bagscope.mil.aggregators.ilra_layers import GAB, GatedAttentionBlock
 from bagscope.mil.aggregators.layers import draw_seed, dropped
 from bagscope.mil.aggregators.query_scores import log_mean_weight
 from bagscope.mil.aggregators.registry import Aggregator, register
-from bagscope.mil.aggregators.rolling import rolled_back
+from bagscope.mil.aggregators.rolling import last_of, rolled_back
 from bagscope.mil.aggregators.set_layers import learned_rows
 from bagscope.mil.bags import BagOutput, Bags
 from bagscope.specs import Spec
@@ -70,7 +71,8 @@ class ILRA(Aggregator):
 
     def forward(self, bags: Bags) -> BagOutput:
         """Return the logits, and those of several seeds as branches; tiles know of others."""
-        z, log_weights = self.pooling.gather(self.seeds, self._layers(bags)[-1], bags.cu_seqlens)
+        last = last_of(self._layers(bags))
+        z, log_weights = self.pooling.gather(self.seeds, last, bags.cu_seqlens)
         branches = self.classifier(z)
         return BagOutput(
             logits=branches.mean(1),
@@ -92,13 +94,13 @@ class ILRA(Aggregator):
         assert found is not None, "every product is known"
         return found
 
-    def _layers(self, bags: Bags) -> list[Tensor]:
-        """Return what each block, and then the pooling, is given: tiles (T, ·)."""
+    def _layers(self, bags: Bags) -> Iterator[Tensor]:
+        """Yield what each block, and then the pooling, is given: tiles (T, ·)."""
         # In full precision: gates multiply, so each block would enlarge what narrow products lose.
-        found = [bags.features.to(self.seeds.dtype)]
+        h = bags.features.to(self.seeds.dtype)
+        yield h
         for use, block in enumerate(self.blocks):
-            h = block(found[-1], bags.cu_seqlens)
+            h = block(h, bags.cu_seqlens)
             if self.training and self.dropout:
                 h = dropped(h, self.dropout, draw_seed(bags, use))
-            found.append(h)
-        return found
+            yield h

@@ -11,7 +11,8 @@ way back costs, and memory in proportion to the bag.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,12 @@ def rolled_back(weights: Tensor, products: Sequence[Product]) -> Tensor | None:
             return None
         weights = (weights + pulled) / 2
     return weights
+
+
+def last_of(layers: Iterable[Tensor]) -> Tensor:
+    """Return what the pooling is given, without keeping what the layers before it are given."""
+    (last,) = deque(layers, maxlen=1)
+    return last
 
 
 def shares_of(weights: Tensor, cu_seqlens: Tensor) -> Tensor:

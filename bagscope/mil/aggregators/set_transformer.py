@@ -10,6 +10,7 @@ The blocks stand in set_layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
@@ -21,7 +22,7 @@ from bagscope.kernels.gated_scores.cpu import computing_dtype
 from bagscope.mil.aggregators.layers import draw_seed, dropped
 from bagscope.mil.aggregators.query_scores import log_mean_weight
 from bagscope.mil.aggregators.registry import Aggregator, register
-from bagscope.mil.aggregators.rolling import rolled_back
+from bagscope.mil.aggregators.rolling import last_of, rolled_back
 from bagscope.mil.aggregators.set_layers import ISAB, MAB, PMA, SAB
 from bagscope.mil.bags import BagOutput, Bags
 from bagscope.specs import Spec, refuse_unused
@@ -84,7 +85,7 @@ class SetTransformer(Aggregator):
 
     def forward(self, bags: Bags) -> BagOutput:
         """Return the logits; scores are of tiles that know of others."""
-        z, weights = self.pooling(self._layers(bags)[-1], bags.cu_seqlens)
+        z, weights = self.pooling(last_of(self._layers(bags)), bags.cu_seqlens)
         for block in self.decoder:
             assert isinstance(block, MAB)
             z = block.between_rows(z)
@@ -108,13 +109,14 @@ class SetTransformer(Aggregator):
         assert found is not None, "every product is known"
         return found
 
-    def _layers(self, bags: Bags) -> list[Tensor]:
-        """Return what each block, and then the pooling, is given: tiles (T, ·)."""
+    def _layers(self, bags: Bags) -> Iterator[Tensor]:
+        """Yield what each block, and then the pooling, is given: tiles (T, ·)."""
         narrow = computing_dtype(bags.features)
-        found = [bags.features.to(narrow)]
+        h = bags.features.to(narrow)
+        yield h
         for use, block in enumerate(self.encoder):
-            h = block(found[-1], bags.cu_seqlens)
+            h = block(h, bags.cu_seqlens)
             if self.training and self.dropout:
                 h = dropped(h, self.dropout, draw_seed(bags, use))
-            found.append(h.to(narrow))
-        return found
+            h = h.to(narrow)
+            yield h
