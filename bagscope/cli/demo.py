@@ -135,14 +135,19 @@ def _print_closing(done: Mapping[DemoStage, DemoStageDone], findings: DemoFindin
     typer.echo()
     if findings is not None:
         _print_findings(findings)
-    pages = [one for one in reversed([*done.values()]) if one.page is not None]
-    for place, one in enumerate(pages):
+    pages = [(one.stage, one.page) for one in reversed([*done.values()]) if one.page is not None]
+    for place, (stage, page) in enumerate(pages):
         if place < 2:
             typer.echo("and then:" if place else "open first:")
-        typer.echo(f"  {one.page}\n    {_SHOWS[one.stage]}")
+        typer.echo(f"  {_from_here(page)}\n    {_SHOWS[stage]}")
     typer.echo("\nyour own slides, with a column of labels in their table:")
     typer.echo("  bagscope init STUDY --slides SLIDES.csv --target COLUMN")
     typer.echo("  bagscope run STUDY")
+
+
+def _from_here(page: Path) -> Path:
+    page, here = page.resolve(), Path.cwd()
+    return page.relative_to(here) if page.is_relative_to(here) else page
 
 
 def _print_findings(found: DemoFindings) -> None:

@@ -93,16 +93,15 @@ def _headline(run: RunResult, result: TargetResult) -> Claim:
 
 
 def _who(run: RunResult, result: TargetResult) -> str:
-    text = counted(result.patients, "patient")
-    if run.per == "slide" and result.cases != result.patients:
-        text += f" ({counted(result.cases, 'slide')})"
-    counts = result.counts
+    text, counts = counted(result.patients, "patient"), result.counts
     task = result.answers.target.task
     if task == "survival":
-        return f"{text}, {counts['event']} with an event"
-    if task == "regression":
-        return text
-    return f"{text} ({_of_classes(counts)})" if len(counts) <= 6 else text
+        text += f" ({counts['event']} with an event)"
+    elif task != "regression" and len(counts) <= 6:
+        text += f" ({_of_classes(counts)})"
+    if run.per == "slide" and result.cases != result.patients:
+        text += f" with {counted(result.cases, 'slide')}"
+    return text
 
 
 def _of_classes(counts: Mapping[str, int]) -> str:
