@@ -114,8 +114,18 @@ def _of_classes(counts: Mapping[str, int]) -> str:
 def _chance(result: TargetResult) -> Iterator[Claim]:
     chance = result.scores.headline.chance
     estimate = result.scores.headline_estimate
-    plain = "the mean alone" if result.answers.target.task == "regression" else "chance"
-    if chance is not None and estimate.low <= chance:
+    is_regression = result.answers.target.task == "regression"
+    plain = "the mean alone" if is_regression else "chance"
+    if chance is None:
+        return
+    if estimate.high < chance:
+        how = "predicts worse" if is_regression else "ranks test patients the wrong way round"
+        yield Claim(
+            tone="warning",
+            text=f"The whole interval lies below {plain} ({chance:g}): the model {how}, as small "
+            "folds can make it where nothing was learnt.",
+        )
+    elif estimate.low <= chance:
         yield Claim(
             tone="warning",
             text=f"The interval reaches down to {number_text(estimate.low)} and so does not rule "

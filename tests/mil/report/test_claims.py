@@ -77,6 +77,20 @@ def test_headline_is_first_with_value_interval_and_patients(found: TargetResult)
     assert not tones(told(found), "chance")
 
 
+def test_an_interval_wholly_below_chance_is_not_told_as_reaching_down_to_it(
+    found: TargetResult,
+) -> None:
+    answers = dataclasses.replace(found.answers, predicted=found.answers.predicted[:, ::-1])
+    inverted = told(TargetResult(answers=answers, scores=score(answers, resamples=300)))
+    assert tones(inverted, "whole interval lies below chance (0.5): the model ranks") == ["warning"]
+    assert not tones(inverted, "does not rule out")
+    shuffled = np.random.default_rng(1).permutation(found.answers.predicted)
+    answers = dataclasses.replace(found.answers, predicted=shuffled)
+    idle = told(TargetResult(answers=answers, scores=score(answers, resamples=300)))
+    assert tones(idle, "does not rule out chance (0.5)") == ["warning"]
+    assert not tones(idle, "wrong way round")
+
+
 def test_linear_rival_is_beaten_beats_or_is_not_told_apart(found: TargetResult) -> None:
     better = told(found, rival("linear", 0.6, 0.05, 0.3))
     assert tones(better, "The model is better than rival linear") == ["good"]
