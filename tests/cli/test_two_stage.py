@@ -72,6 +72,13 @@ def test_two_stages_go_the_whole_line(bagscope: Command, folder: Path) -> None:
     assert ran.code == 0, ran.out + ran.err
     assert (folder / "why" / "summary.json").exists()
 
+    # In a study, what the scores were made of is found without being named.
+    for tiling, own in (("1.00mpp", "fine"), ("2.00mpp", "coarse")):
+        (folder / "study" / "features" / tiling).mkdir(parents=True)
+        (folder / "study" / "features" / tiling / "planted").symlink_to(folder / own)
+    ran = bagscope("explain", run, "--methods", "necessity", "-j", 1)
+    assert ran.code == 0, ran.out + ran.err
+
 
 def test_features_of_one_resolution_are_refused_before_training(
     bagscope: Command, folder: Path
