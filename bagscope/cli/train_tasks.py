@@ -99,4 +99,4 @@ def _print_result(result: ContinualResult, as_json: bool) -> None:
         typer.echo((result.folder / TABLE_NAME).read_text(encoding="utf-8"))
         typer.echo(f"written: {result.folder / TABLE_NAME}, {result.folder / RESULT_NAME}")
         names = ", ".join(path.name for path in result.bundles.values())
-        typer.echo(f"models for bagscope predict --model, of what is left of each task: {names}")
+        typer.echo(f"what is left of each task, for bagscope predict {result.folder}/: {names}")

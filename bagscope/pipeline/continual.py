@@ -423,7 +423,7 @@ def bundle_tasks(planned: PlannedSequences) -> dict[str, Path]:
             members=[
                 (
                     MemberPlace(name=name, repeat=one.repeat, fold=one.fold, seed=one.seed),
-                    left_folder(one, number, "owlora"),
+                    left_folder(one, number),
                 )
                 for name, one in planned.sequences.items()
             ],

@@ -1,8 +1,8 @@
 """What a worker does for a sequence of tasks: learns one after the other, or tests them all.
 
 The first task's member lies in `0_<task>/` of the sequence's folder, a later one's, as it was just
-learnt, in `<way>/<number>_<task>/`, and an earlier task's head on the body that the last task left
-in `<way>/left_<number>_<task>/`. `tested.json` holds the matrices.
+learnt, in `<way>/<number>_<task>/`, and an earlier task's head on the body that the adapters left
+in the end in `owlora/left_<number>_<task>/`. `tested.json` holds the matrices.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def train_sequence(name: str, task: SequenceTask) -> StageResult:
             done.append(is_new)
             digest = str(_facts(member_folder(task, number, way))["weights_sha256"])
             digests.append(digest)
-        done.extend(_leave(task, store, number, way) for number in range(len(task.tasks) - 1))
+    left = [_leave(task, store, number) for number in range(len(task.tasks) - 1)]
     return StageResult(
-        outcome="done" if any(done) else "skipped",
+        outcome="done" if any((*done, *left)) else "skipped",
         fingerprint=artifacts.fingerprint({"members": digests}),
         facts={"tasks": len(done)},
     )
@@ -86,11 +86,11 @@ def member_folder(task: SequenceTask | SequenceTest, number: int, way: Way) -> P
     return task.folder / name if number == 0 else task.folder / way / name
 
 
-def left_folder(task: SequenceTask | SequenceTest, number: int, way: Way) -> Path:
-    """Return the folder of the member that answers for a task once all are learnt."""
-    if number == len(task.spec.tasks) - 1:
-        return member_folder(task, number, way)
-    return task.folder / way / f"left_{number}_{task.spec.tasks[number].name}"
+def left_folder(task: SequenceTask, number: int) -> Path:
+    """Return the folder of the adapted member that answers for a task once all are learnt."""
+    if number == len(task.tasks) - 1:
+        return member_folder(task, number, "owlora")
+    return task.folder / "owlora" / f"left_{number}_{task.tasks[number].name}"
 
 
 def _learn(
@@ -165,14 +165,14 @@ def _learn(
     return {"owlora": kept, "finetune": learnt.weights}, True
 
 
-def _leave(task: SequenceTask, store: FeatureStore, number: int, way: Way) -> bool:
+def _leave(task: SequenceTask, store: FeatureStore, number: int) -> bool:
     """Write what is left of an earlier task at the end, or find it there; return whether it is new.
 
     The body is another one than the task was learnt with, so it is calibrated anew.
     """
-    one, folder = task.tasks[number], left_folder(task, number, way)
-    own = load_member(member_folder(task, number, way))
-    last_folder = member_folder(task, len(task.tasks) - 1, way)
+    one, folder = task.tasks[number], left_folder(task, number)
+    own = load_member(member_folder(task, number, "owlora"))
+    last_folder = left_folder(task, len(task.tasks) - 1)
     fields: dict[str, Json] = {
         **own.fields,
         "stage": "continual-left",
