@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
@@ -53,6 +53,7 @@ def extract_on_devices(
 
     Raises:
         WorkerDied: every device's process came to a bad end; says how.
+        KeyboardInterrupt: stopped before any of them had begun.
     """
     import torch
 
@@ -73,7 +74,7 @@ def extract_on_devices(
             target=_on_device, args=(part, key, options, torch.get_num_threads(), queue)
         )
     merged = _Merged(report)
-    with _passing_on_sigterm(processes.values()):
+    with _passing_on_sigterm(processes.values(), merged.stop):
         for process in processes.values():
             process.start()
         _listen(processes, queue, merged)
@@ -136,6 +137,11 @@ class _Merged:
         self._finished: dict[str, SlideFinished] = {}
         self._tiles_made = 0
         self._ends: list[_Ended] = []
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Note that the user ends it: a process that dies of that has not failed."""
+        self._is_stopped = True
 
     def hear(self, event: Event) -> None:
         """Pass an event on, unless another device told the same."""
@@ -161,13 +167,16 @@ class _Merged:
 
         Raises:
             WorkerDied: no device's process came to a good end.
+            KeyboardInterrupt: it was stopped before any of them had begun.
         """
         reports = [ended.report for ended in self._ends if ended.report is not None]
         problems = tuple(
             (ended.device.rpartition("/")[0], ended.problem)
             for ended in self._ends
-            if ended.report is None
+            if ended.report is None and not self._is_stopped
         )
+        if not reports and self._is_stopped:
+            raise KeyboardInterrupt
         if not reports:
             listed = "; ".join(f"{device}: {problem}" for device, problem in problems)
             raise WorkerDied(f"no device could do its part ({listed})")
@@ -195,7 +204,7 @@ class _Merged:
                     + [(device, f"gave up: {problem}") for device, problem in problems]
                 )
             ),
-            interrupted=any(report.interrupted for report in reports),
+            interrupted=self._is_stopped or any(report.interrupted for report in reports),
         )
         self._report.emit(RunFinished(report=result))
         return result
@@ -222,10 +231,11 @@ class _Merged:
 
 
 @contextmanager
-def _passing_on_sigterm(processes: Any) -> Iterator[None]:
+def _passing_on_sigterm(processes: Any, stop: Callable[[], None]) -> Iterator[None]:
     """Have SIGTERM and Ctrl-C end the devices' processes in good order, and us after them."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        stop()
         process: BaseProcess
         for process in processes:
             if process.pid is not None and process.is_alive():

@@ -19,6 +19,7 @@ import torch
 
 from bagscope.cohort.jobs import RunReport
 from bagscope.cohort.progress import Event, Progress, RunFinished, SlideFinished
+from bagscope.cohort.status import Outcome
 from bagscope.errors import WorkerDied
 from bagscope.features.feature_file import read_feature_file
 from bagscope.pipeline.extract import ExtractOptions, ExtractResult, extract_cohort
@@ -133,6 +134,23 @@ def test_devices_that_all_give_up_end_the_run_in_one_sentence() -> None:
         merged.close()
 
 
+def test_a_device_that_dies_of_being_stopped_has_not_given_up() -> None:
+    killed = _Ended("cuda:0/0", None, "its process ended with exit code -15")
+    counts: dict[Outcome, int] = {"done": 1, "skipped": 0, "failed": 0}
+    merged = _Merged(Listener())
+    merged.stop()
+    merged.end(killed)
+    merged.end(_Ended("cuda:1/1", RunReport(stage="extract/x", total=2, counts=counts)))
+    found = merged.close()
+    assert found.exit_code == 130 and not found.warnings
+    # Nor have all of them, where none had begun.
+    merged = _Merged(Listener())
+    merged.stop()
+    merged.end(killed)
+    with pytest.raises(KeyboardInterrupt):
+        merged.close()
+
+
 @pytest.mark.slow
 def test_sigterm_ends_all_devices_and_leaves_nothing_half_written(study: Study) -> None:
     script = (
@@ -149,6 +167,7 @@ def test_sigterm_ends_all_devices_and_leaves_nothing_half_written(study: Study) 
     while not list(claims.rglob("*.claim")) and time.monotonic() < deadline_s:
         assert ran.poll() is None, ran.communicate()[1]
         time.sleep(0.05)
+    assert list(claims.rglob("*.claim")), "no slide was begun in two minutes"
     os.kill(ran.pid, signal.SIGTERM)
     ran.communicate(timeout=60)
     assert ran.returncode == 130
