@@ -73,7 +73,7 @@ def _is_inside(url: str, folder: Path) -> bool:
 
 def wait_until(page: Any, question: str) -> None:
     """Wait for an expression; Playwright's own way needs `eval`, which the page forbids."""
-    for _ in range(200):
+    for _ in range(1200):
         if page.evaluate(question):
             return
         page.wait_for_timeout(25)
@@ -84,7 +84,7 @@ def settled(page: Any, selector: str = "#viewport") -> NDArray[np.uint8]:
     """Return the pixels (H, W, 3) of an element once they no longer change."""
     element = page.locator(selector)
     before = b""
-    for _ in range(40):
+    for _ in range(120):
         now = element.screenshot(caret="initial", animations="allow")
         if now == before:
             encoded = np.frombuffer(now, np.uint8)
