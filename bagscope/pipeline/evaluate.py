@@ -6,6 +6,7 @@ Nothing is trained here but the baselines, on the same sides of the same splits,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from bagscope import artifacts
 from bagscope.artifacts import Json
-from bagscope.errors import ArtifactError, ConfigError, SchemaError
+from bagscope.errors import ArtifactError, BagscopeError, ConfigError, SchemaError
 from bagscope.mil.baseline_table import BaselineAnswers, read_baselines, write_baselines
 from bagscope.mil.baselines import BASELINES, baseline_answers, label_of, vectors_of
 from bagscope.mil.cases import Case, CaseTable, cases_of
@@ -263,7 +264,17 @@ def _location(study: Study, run: FinishedRun, features: str | None) -> str | Non
             return location if not _other_features(location, stated, run) else None
         except (ArtifactError, ConfigError):
             continue
-    return None
+    return _aligned(study, stated, run) if "coarse" in stated["encoder"] else None
+
+
+def _aligned(study: Study, stated: Mapping[str, Any], run: FinishedRun) -> str | None:
+    """Return the one pair of aligned features that the run can be of; None where several can."""
+    found = []
+    for location in study.feature_pairs():
+        with contextlib.suppress(BagscopeError):  # not aligned
+            if not _other_features(location, stated, run):
+                found.append(location)
+    return found[0] if len(found) == 1 else None
 
 
 def _other_features(location: str, stated: Mapping[str, Any], run: FinishedRun) -> str:

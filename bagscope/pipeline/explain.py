@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -301,7 +300,7 @@ def _features(request: ExplainRequest, study: Study | None, files: Mapping[str, 
     Raises:
         ConfigError: they are in no folder of the study, or others have taken their place.
     """
-    from bagscope.features.aligned_store import SEPARATOR
+    from bagscope.features.aligned_store import two_of
     from bagscope.features.store import FeatureStore
 
     if request.features is not None:
@@ -310,20 +309,17 @@ def _features(request: ExplainRequest, study: Study | None, files: Mapping[str, 
     if study is None:
         raise ConfigError(f"{request.place}: in no study; name its features with --features")
     folders = sorted((study.folder / "features").glob("[!.]*/[!.]*"))
-    pairs = [
-        (f"{fine}{SEPARATOR}{coarse}", fine)
-        for fine, coarse in itertools.permutations(folders, 2)
-        if fine.parent != coarse.parent
-    ]
     others = None
-    for location, folder in [*((str(one), one) for one in folders), *pairs]:
+    for location in [*map(str, folders), *study.feature_pairs()]:
+        two = two_of(location)
+        folder = Path(two[0] if two else location)
         for slide_id, file in files.items():
             if not (folder / f"{slide_id}.h5").is_file():
                 continue
             try:
                 found = FeatureStore.open(location, only=[slide_id]).record(slide_id)
             except BagscopeError:
-                if SEPARATOR in location:
+                if two:
                     break  # not aligned
                 continue  # that slide says so itself
             if found.fingerprint == file.fields["slides"][slide_id]:

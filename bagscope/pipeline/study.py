@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,17 @@ class Study:
         """Return the encoders that the study's own tiling has features of, in order of name."""
         folder = self.features_folder(tiling_name(self.spec.tiling))
         return sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+
+    def feature_pairs(self) -> list[str]:
+        """Return FINE::COARSE of any two feature folders of different tilings, aligned or not."""
+        from bagscope.features.aligned_store import SEPARATOR
+
+        folders = sorted((self.folder / "features").glob("[!.]*/[!.]*"))
+        return [
+            f"{fine}{SEPARATOR}{coarse}"
+            for fine, coarse in itertools.permutations(folders, 2)
+            if fine.parent != coarse.parent
+        ]
 
     @property
     def status_folder(self) -> Path:

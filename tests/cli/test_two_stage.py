@@ -78,6 +78,8 @@ def test_two_stages_go_the_whole_line(bagscope: Command, folder: Path) -> None:
         (folder / "study" / "features" / tiling / "planted").symlink_to(folder / own)
     ran = bagscope("explain", run, "--methods", "necessity", "-j", 1)
     assert ran.code == 0, ran.out + ran.err
+    ran = bagscope("evaluate", run, "--resamples", 100)
+    assert ran.code == 0 and "not at hand" not in ran.out, ran.out + ran.err
 
 
 def test_features_of_one_resolution_are_refused_before_training(
