@@ -417,7 +417,8 @@ def bundle_tasks(planned: PlannedSequences) -> dict[str, Path]:
         bundles[task.name] = planned.folder / f"{task.name}.bagscope"
         write_bundle(
             bundles[task.name],
-            run=planned.folder.name,
+            # Predictions of a study are kept by this name: those of two tasks must not meet.
+            run=f"{planned.folder.name}_{task.name}",
             per=next(iter(planned.sequences.values())).recipe.bags.per,
             origin=origin_of(store.record(slide_id) for slide_id in store.slide_ids),
             members=[
