@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bagscope.mil.splits.sites import divide_sites
@@ -49,11 +49,12 @@ def divided(counts: Counts, folds: int, salt: str = "") -> tuple[int, ...]:
 
 
 @settings(max_examples=30)
+@example([(3, 1), (4, 6), (3, 9), (6, 1), (8, 1), (0, 10), (1, 1)], 2)  # no move or swap helps
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=3, max_size=7),
     st.integers(2, 3),
 )
-def test_no_division_of_few_sites_is_much_better(counts: Counts, folds: int) -> None:
+def test_no_division_of_few_sites_is_better(counts: Counts, folds: int) -> None:
     found = divided(counts, folds)
     assert set(found) == set(range(folds))
     best = min(
@@ -61,7 +62,7 @@ def test_no_division_of_few_sites_is_much_better(counts: Counts, folds: int) -> 
         for fold_of in itertools.product(range(folds), repeat=len(counts))
         if len(set(fold_of)) == folds
     )
-    assert cost(counts, found, folds) <= best * 1.1 + 0.05
+    assert cost(counts, found, folds) <= best + 1e-6
 
 
 def test_a_perfect_division_is_found() -> None:
