@@ -49,18 +49,14 @@ def divide_sites(
     orders = [by_size]
     for start in range(STARTS - 1):
         orders.append([sites.index(site) for site in hash_order(sites, f"{salt}/{start}")])
+    divisions = [_improved(weighted, _greedy(weighted, folds, order), folds) for order in orders]
+    # Last, so that what moves and swaps found stays where it is as good.
+    divisions += _best_of_all(weighted, folds)
     best: NDArray[np.int64] | None = None
-    for order in orders:
-        found = _improved(weighted, _greedy(weighted, folds, order), folds)
+    for found in divisions:
         if best is None or _cost(weighted, found, folds) < _cost(weighted, best, folds) - _NO_GAIN:
             best = found
     assert best is not None
-    every = _best_of_all(weighted, folds)
-    if (
-        every is not None
-        and _cost(weighted, every, folds) < _cost(weighted, best, folds) - _NO_GAIN
-    ):
-        best = every
     return {site: int(fold) for site, fold in zip(sites, best, strict=True)}
 
 
@@ -94,13 +90,13 @@ def _greedy(weighted: NDArray[np.float64], folds: int, order: Sequence[int]) -> 
     return fold_of
 
 
-def _best_of_all(weighted: NDArray[np.float64], folds: int) -> NDArray[np.int64] | None:
-    """Return the best division that leaves no fold empty; None where there are too many."""
+def _best_of_all(weighted: NDArray[np.float64], folds: int) -> list[NDArray[np.int64]]:
+    """Return the best division that leaves no fold empty; none where there are too many."""
     sites = len(weighted)
     # Folds have no order, so the first site may stay in the first one.
     count = folds ** (sites - 1)
     if count > MOST_DIVISIONS:
-        return None
+        return []
     fold_of = np.zeros((count, sites), np.int64)
     numbers = np.arange(count)
     for site in range(1, sites):
@@ -111,8 +107,7 @@ def _best_of_all(weighted: NDArray[np.float64], folds: int) -> NDArray[np.int64]
         mine = fold_of == fold
         costs += ((mine @ weighted - ideal) ** 2).sum(axis=1)
         costs[~mine.any(axis=1)] = np.inf
-    best: NDArray[np.int64] = fold_of[costs.argmin()]
-    return best
+    return [fold_of[costs.argmin()]]
 
 
 def _improved(
