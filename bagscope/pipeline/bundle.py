@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,13 @@ from bagscope.cohort.jobs import Job, RunOptions, RunReport, StageResult
 from bagscope.cohort.progress import Reporter
 from bagscope.cohort.runner import run_cohort
 from bagscope.errors import ConfigError
-from bagscope.mil.cases import slides_of
+from bagscope.mil.cases import Case, Per, slides_of
 from bagscope.pipeline.study import Study, available_cores
 
 if TYPE_CHECKING:
+    from bagscope.mil.bundle import MemberPlace
     from bagscope.pipeline.predict_worker import MemberFolder
-    from bagscope.pipeline.train import PlannedRun, TestTask
+    from bagscope.pipeline.train import PlannedRun
 
 SCORE_STAGE = "scores"
 SCORES_NAME = "scores"
@@ -147,31 +148,45 @@ def scoring_bundle(place: Path, study: Study | None, model: Path | None = None) 
 
 def bundle_run(planned: PlannedRun, final: Path | None) -> Path:
     """Write the bundle of a complete run, if there is none yet or of others; return its path."""
-    from bagscope.features.store import FeatureStore
-    from bagscope.mil.bundle import BUNDLE_NAME, MemberPlace, write_bundle
-    from bagscope.mil.feature_origin import origin_of
+    from bagscope.mil.bundle import BUNDLE_NAME, MemberPlace
 
-    tests: Sequence[tuple[str, TestTask]] = list(planned.tests.items())
     first = next(iter(planned.members.values()))
-    learnt_from = {
-        case.case_id: case
-        for task in planned.members.values()
-        for case in (*task.train, *task.inner)
-    }
-    store = FeatureStore.open(first.location, only=slides_of(learnt_from.values()))
     path = planned.folder / BUNDLE_NAME
-    write_bundle(
+    bundle_members(
         path,
         run=planned.folder.name,
         per=first.recipe.bags.per,
-        origin=origin_of(store.record(slide_id) for slide_id in store.slide_ids),
+        location=first.location,
+        learnt_from=[
+            case for task in planned.members.values() for case in (*task.train, *task.inner)
+        ],
         members=[
             (
                 MemberPlace(name=name, repeat=task.repeat, fold=task.fold, seed=task.seed),
                 task.folder,
             )
-            for name, task in tests
+            for name, task in planned.tests.items()
         ],
         final=final,
     )
     return path
+
+
+def bundle_members(
+    path: Path,
+    *,
+    run: str,
+    per: Per,
+    location: str,
+    learnt_from: Iterable[Case],
+    members: Sequence[tuple[MemberPlace, Path]],
+    final: Path | None = None,
+) -> None:
+    """Write a bundle of members, with the origin of the features that they learnt from."""
+    from bagscope.features.store import FeatureStore
+    from bagscope.mil.bundle import write_bundle
+    from bagscope.mil.feature_origin import origin_of
+
+    store = FeatureStore.open(location, only=slides_of(learnt_from))
+    origin = origin_of(store.record(slide_id) for slide_id in store.slide_ids)
+    write_bundle(path, run=run, per=per, origin=origin, members=members, final=final)

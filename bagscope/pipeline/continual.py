@@ -402,25 +402,22 @@ def continual_run(
 
 def bundle_tasks(planned: PlannedSequences) -> dict[str, Path]:
     """Write a bundle per task, of every sequence's adapted model at the end; return their paths."""
-    from bagscope.features.store import FeatureStore
-    from bagscope.mil.bundle import MemberPlace, write_bundle
-    from bagscope.mil.cases import slides_of
-    from bagscope.mil.feature_origin import origin_of
+    from bagscope.mil.bundle import MemberPlace
+    from bagscope.pipeline.bundle import bundle_members
     from bagscope.pipeline.continual_worker import left_folder
 
+    first = next(iter(planned.sequences.values()))
     bundles = {}
     for number, task in enumerate(planned.spec.tasks):
         learnt = [one.tasks[number] for one in planned.sequences.values()]
-        slides = slides_of(case for one in learnt for case in (*one.train, *one.inner))
-        location = next(iter(planned.sequences.values())).location
-        store = FeatureStore.open(location, only=slides)
         bundles[task.name] = planned.folder / f"{task.name}.bagscope"
-        write_bundle(
+        bundle_members(
             bundles[task.name],
             # Predictions of a study are kept by this name: those of two tasks must not meet.
             run=f"{planned.folder.name}_{task.name}",
-            per=next(iter(planned.sequences.values())).recipe.bags.per,
-            origin=origin_of(store.record(slide_id) for slide_id in store.slide_ids),
+            per=first.recipe.bags.per,
+            location=first.location,
+            learnt_from=[case for one in learnt for case in (*one.train, *one.inner)],
             members=[
                 (
                     MemberPlace(name=name, repeat=one.repeat, fold=one.fold, seed=one.seed),

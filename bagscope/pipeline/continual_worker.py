@@ -171,17 +171,18 @@ def _leave(task: SequenceTask, store: FeatureStore, number: int) -> bool:
     The body is another one than the task was learnt with, so it is calibrated anew.
     """
     one, folder = task.tasks[number], left_folder(task, number)
-    own = load_member(member_folder(task, number, "owlora"))
+    own_folder = member_folder(task, number, "owlora")
     last_folder = left_folder(task, len(task.tasks) - 1)
     fields: dict[str, Json] = {
-        **own.fields,
+        **_facts(own_folder)["fields"],
         "stage": "continual-left",
         "last": str(_facts(last_folder)["weights_sha256"]),
     }
     made = read_facts(folder)
     if made is not None and not artifacts.differing_fields(made["fields"], fields):
         return False
-    member = dataclasses.replace(on_body_of(own, load_member(last_folder)), fields=fields)
+    member = on_body_of(load_member(own_folder), load_member(last_folder))
+    member = dataclasses.replace(member, fields=fields)
     inner = StoreSource(store, one.inner) if one.inner else None
     logits = member.infer(inner, task.device).logits if inner else None
     save_member(calibrated(member, inner, logits), folder)
