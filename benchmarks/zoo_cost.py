@@ -142,13 +142,13 @@ def _with_places(bags: Any) -> Any:
     from dataclasses import replace
 
     import torch
+    from bag_training import parents_on
 
     slides = torch.repeat_interleave(torch.arange(len(bags)), bags.lengths.long())
     return replace(
         bags,
         coords_l0=bags.grid * 256,
-        # Numbers of squares of four tiles, on lattices far smaller than 10,000 to a side.
-        parent=(bags.grid.long() // 2 * torch.tensor([10_000, 1])).sum(1),
+        parent=torch.from_numpy(parents_on(bags.grid.numpy(), len(slides))),
         slide_ids=bags.bag_ids,
         tile_slide=slides.int(),
         tile_row=torch.arange(len(slides)).int(),

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -150,6 +151,12 @@ def rate_text(progress: Progress) -> str:
     if progress.left_s is not None:
         parts.append(f"{duration_text(progress.left_s)} left")
     return ", ".join(parts)
+
+
+def from_here(path: Path) -> Path:
+    """Return a path as it is named from the working directory, where it lies below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def duration_text(seconds: float) -> str:

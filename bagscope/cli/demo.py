@@ -139,15 +139,10 @@ def _print_closing(done: Mapping[DemoStage, DemoStageDone], findings: DemoFindin
     for place, (stage, page) in enumerate(pages):
         if place < 2:
             typer.echo("and then:" if place else "open first:")
-        typer.echo(f"  {_from_here(page)}\n    {_SHOWS[stage]}")
+        typer.echo(f"  {console.from_here(page)}\n    {_SHOWS[stage]}")
     typer.echo("\nyour own slides, with a column of labels in their table:")
     typer.echo("  bagscope init STUDY --slides SLIDES.csv --target COLUMN")
     typer.echo("  bagscope run STUDY")
-
-
-def _from_here(page: Path) -> Path:
-    page, here = page.resolve(), Path.cwd()
-    return page.relative_to(here) if page.is_relative_to(here) else page
 
 
 def _print_findings(found: DemoFindings) -> None:

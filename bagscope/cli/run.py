@@ -138,8 +138,7 @@ def _print_closing(done: Sequence[StageDone], *, as_json: bool) -> None:
     if pages:
         typer.echo("open:")
         for stage, page in reversed(pages):
-            is_near = page.is_relative_to(Path.cwd())
-            typer.echo(f"  {stage:<9} {page.relative_to(Path.cwd()) if is_near else page}")
+            typer.echo(f"  {stage:<9} {console.from_here(page)}")
 
 
 def _print_next(study: Study, request: LineRequest, code: int) -> None:

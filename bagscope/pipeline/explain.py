@@ -308,9 +308,8 @@ def _features(request: ExplainRequest, study: Study | None, files: Mapping[str, 
         return request.features
     if study is None:
         raise ConfigError(f"{request.place}: in no study; name its features with --features")
-    folders = sorted((study.folder / "features").glob("[!.]*/[!.]*"))
     others = None
-    for location in [*map(str, folders), *study.feature_pairs()]:
+    for location in [*map(str, study.feature_folders()), *study.feature_pairs()]:
         two = two_of(location)
         folder = Path(two[0] if two else location)
         for slide_id, file in files.items():

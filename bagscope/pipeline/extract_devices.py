@@ -175,9 +175,9 @@ class _Merged:
             for ended in self._ends
             if ended.report is None and not self._is_stopped
         )
-        if not reports and self._is_stopped:
-            raise KeyboardInterrupt
         if not reports:
+            if self._is_stopped:
+                raise KeyboardInterrupt
             listed = "; ".join(f"{device}: {problem}" for device, problem in problems)
             raise WorkerDied(f"no device could do its part ({listed})")
         outcomes = [event.outcome for event in self._finished.values()]

@@ -62,7 +62,7 @@ def features_of(study: Study, file: ScoreFile) -> FeatureStore:
     from bagscope.features.store import FeatureStore
 
     slides: Mapping[str, str] = file.fields["slides"]
-    for folder in sorted((study.folder / "features").glob("[!.]*/[!.]*")):
+    for folder in study.feature_folders():
         if not all((folder / f"{slide_id}.h5").is_file() for slide_id in slides):
             continue
         store = FeatureStore.open(folder, only=list(slides))

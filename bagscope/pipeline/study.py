@@ -115,14 +115,17 @@ class Study:
         folder = self.features_folder(tiling_name(self.spec.tiling))
         return sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
 
+    def feature_folders(self) -> list[Path]:
+        """Return the folders of all tilings and encoders that have features."""
+        return sorted((self.folder / "features").glob("[!.]*/[!.]*"))
+
     def feature_pairs(self) -> list[str]:
-        """Return FINE::COARSE of any two feature folders of different tilings, aligned or not."""
+        """Return FINE::COARSE of any two of them of different tilings, aligned or not."""
         from bagscope.features.aligned_store import SEPARATOR
 
-        folders = sorted((self.folder / "features").glob("[!.]*/[!.]*"))
         return [
             f"{fine}{SEPARATOR}{coarse}"
-            for fine, coarse in itertools.permutations(folders, 2)
+            for fine, coarse in itertools.permutations(self.feature_folders(), 2)
             if fine.parent != coarse.parent
         ]
 
